@@ -1,0 +1,5 @@
+"""From answers to knowledge: weighted means, and what sharpens them."""
+
+from fedkd.aggregators.mean import era, mean_of, mean_weights, weighted_mean
+
+__all__ = ["era", "mean_of", "mean_weights", "weighted_mean"]

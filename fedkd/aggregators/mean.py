@@ -1,0 +1,58 @@
+"""Means over devices. Sums run in float64 in the order of client ids, so that block sizes cannot change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from fedkd.algorithms.base import Answer, Answers, Tensors
+
+
+def weighted_mean(items: Iterable[tuple[Tensor, float]]) -> Tensor:
+    """Return sum(w x) / sum(w) of tensors of one shape, walked once.
+
+    Raises:
+        ValueError: without items or with a total weight of 0.
+    """
+    total: Tensor | None = None
+    weight_total, dtype = 0.0, torch.float32
+    for value, weight in items:
+        dtype = value.dtype if value.is_floating_point() else dtype
+        term = value.double() * weight
+        total = term if total is None else total.add_(term)
+        weight_total += weight
+    if total is None or weight_total <= 0:
+        raise ValueError("a mean needs at least one item of positive weight")
+    return (total / weight_total).to(dtype)
+
+
+def mean_of(answers: Answers, pick: Callable[[Answer], Tensor], *, weighted: bool = False) -> Tensor:
+    """Return the mean of one tensor of every answer, weighted by training records if ``weighted``."""
+    return weighted_mean((pick(a), a.examples if weighted else 1.0) for a in answers)
+
+
+def mean_weights(answers: Iterable[Answer], *, weighted: bool) -> Tensors:
+    """Return the mean of model tensors by name; integer buffers (step counters) take the first answer's value."""
+    answers = list(answers)
+    first = answers[0].payload.tensors()
+    result: dict[str, Tensor] = {}
+    for name, example in first.items():
+        if example.is_floating_point():
+            result[name] = weighted_mean(
+                (a.payload.tensors()[name], a.examples if weighted else 1.0) for a in answers
+            )
+        else:
+            result[name] = example
+    return result
+
+
+def era(probabilities: Tensor, temperature: float) -> Tensor:
+    """Entropy reduction aggregation: softmax(p / T) of mean *probabilities* p [N, C].
+
+    Itahara et al., "Distillation-Based Semi-Supervised Federated Learning for Communication-Efficient Collaborative
+    Training with Non-IID Private Data" (IEEE TMC 2021), the section on ERA. No temperature makes it the identity: at
+    T = 1 it flattens, since probabilities lie within [0, 1].
+    """
+    return (probabilities / temperature).softmax(-1)

@@ -1,0 +1,99 @@
+"""The methods by name, and the user's own by import path."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedkd.algorithms.base import Algorithm
+from fedkd.errors import ConfigError
+
+METHODS: Mapping[str, str] = {
+    "local": "fedkd.algorithms.baselines:Local",
+    "central": "fedkd.algorithms.baselines:Central",
+    "fedavg": "fedkd.algorithms.fedavg:FedAvg",
+    "fedprox": "fedkd.algorithms.fedprox:FedProx",
+    "fd": "fedkd.algorithms.fd:FD",
+    "fedmd": "fedkd.algorithms.fedmd:FedMD",
+    "ds_fl": "fedkd.algorithms.ds_fl:DSFL",
+    "cfd": "fedkd.algorithms.cfd:CFD",
+    "feddf": "fedkd.algorithms.feddf:FedDF",
+    "fedproto": "fedkd.algorithms.fedproto:FedProto",
+}
+
+
+def method_class(name: str) -> type[Algorithm]:
+    """Return the class of a registered method or of ``package.module:Class``.
+
+    Raises:
+        ConfigError: no such method, or it is not an :class:`Algorithm`.
+    """
+    path = METHODS.get(name, name)
+    if ":" not in path:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"no method is named {name!r}.{hint} Known: {', '.join(METHODS)}; or package.module:Class.")
+    module, attribute = path.split(":", 1)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as cause:
+        raise ConfigError(f"method {name!r} cannot be imported: {cause}") from cause
+    if not (isinstance(found, type) and issubclass(found, Algorithm) and dataclasses.is_dataclass(found)):
+        raise ConfigError(f"method {name!r} is no frozen dataclass derived from fedkd.algorithms.base.Algorithm")
+    return found
+
+
+def resolve(value: Any) -> dict[str, Any]:
+    """Turn a name or a section into the full section: name and every parameter, validated.
+
+    Raises:
+        ConfigError: unknown method or parameter (with the nearest known one), or a value of the wrong type.
+    """
+    section = {"name": value} if isinstance(value, str) else value
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        raise ConfigError("algorithm: expected a method's name, or a section with `name:` and its parameters")
+    return {"name": section["name"], **dataclasses.asdict(build(section))}
+
+
+def build(section: Mapping[str, Any]) -> Algorithm:
+    """Build the method from its section ``{"name": ..., parameters}``."""
+    name = section["name"]
+    cls = method_class(name)
+    given = {k: v for k, v in section.items() if k != "name"}
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else f" It takes: {', '.join(known) or 'none'}."
+            raise ConfigError(f"{name} has no parameter {key!r}.{hint}")
+    try:
+        return _adapter(cls).validate_python(given)
+    except ValidationError as cause:
+        faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in cause.errors())
+        raise ConfigError(f"{name}.{'; '.join(faults)}") from cause
+
+
+def _adapter(cls: type[Algorithm]) -> TypeAdapter[Algorithm]:
+    return TypeAdapter(cls)
+
+
+def schemas() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the JSON schema of every registered method's section, and shared definitions."""
+    found: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
+    for name in METHODS:
+        cls = method_class(name)
+        one = _adapter(cls).json_schema()
+        definitions.update(one.pop("$defs", {}))
+        one["properties"] = {"name": {"const": name}, **one.get("properties", {})}
+        one["required"] = ["name"]
+        one["additionalProperties"] = False
+        one["title"] = cls.__name__
+        one.pop("description", None)
+        found.append(one)
+    return found, definitions

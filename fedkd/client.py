@@ -1,0 +1,166 @@
+"""The only procedure of a device: hear, prepare, train, answer, release, send.
+
+A block of devices goes through it together, so that an engine may stack them; a real device is a block of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedkd.algorithms.base import Card, DeviceState, Heard, Phase
+from fedkd.engines.base import Engine, Task
+from fedkd.messages import Heading, Reply, Request, read_request
+from fedkd.nets import PredictorNet
+from fedkd.payloads import Envelope, Nothing, Payload, PayloadError, SoftLabels, ids_hash
+from fedkd.predictors import learn
+from fedkd.records import Records, records
+from fedkd.seeding import key
+from fedkd.site import Site
+from fedkd.store import Kept, Store
+
+
+@dataclass
+class _Turn:
+    """One device's request on its way through the procedure."""
+
+    request: Request
+    card: Card
+    kept: Kept
+    heading: Heading
+    task: Task
+    answer: Payload | None = None
+
+
+@dataclass(frozen=True)
+class _DeviceTools:
+    site: Site
+    card: Card
+    round: int
+
+    def initial(self, *labels: str | int) -> dict[str, torch.Tensor]:
+        """Return fresh weights of the device's own architecture, different in every round and on every device."""
+        return self.site.initial(self.card.architecture, "device", self.card.id, self.round, *labels)
+
+
+def respond(site: Site, engine: Engine, store: Store, requests: Sequence[Request]) -> list[Reply]:
+    """Let every device of ``requests`` work and answer; an error of one device stays with that device.
+
+    The device's new state is stored before its reply is returned.
+    """
+    heads: dict[tuple[int, str], Heading | str] = {}
+    shared: dict[tuple[str, str], Records] = {}
+    replies: dict[int, Reply] = {}
+    turns: list[_Turn] = []
+    for request in requests:
+        card = site.cards[request.client]
+        kept = store.load(request.client, request.round)
+        # Devices that were sent the very same bytes decode them once: it is one machine that plays them.
+        place = (id(request.body), card.architecture)
+        if place not in heads or site.codec_down.needs_reference:
+            try:
+                heads[place] = read_request(site, card, request.body, kept.received)
+            except PayloadError as cause:
+                heads[place] = f"request refused ({cause.reason}): {cause}"
+        head = heads[place]
+        if isinstance(head, str):
+            replies[request.client] = Reply(request.client, request.round, None, head)
+            continue
+        turns.append(_begin(site, card, request, kept, head, shared))
+
+    torches = [turn for turn in turns if turn.card.gradients]
+    _train(site, engine, torches)
+    speakers = [turn for turn in torches if len(turn.task.private) or site.method.upload is Nothing]
+    for turn, payload in zip(speakers, engine.answer([t.task for t in speakers]) if speakers else [], strict=True):
+        turn.answer = payload
+    for turn in turns:
+        if not turn.card.gradients and len(turn.task.private):
+            turn.answer = _predict(site, turn)
+        replies[turn.request.client] = _finish(site, store, turn)
+    return [replies[request.client] for request in requests]
+
+
+def _begin(
+    site: Site, card: Card, request: Request, kept: Kept, head: Heading, shared: dict[tuple[str, str], Records]
+) -> _Turn:
+    state = kept.state if kept.state is not None else site.new_device(card)
+    heard = Heard(knowledge=head.knowledge, memory=state.memory, round=head.round)
+    if card.gradients:
+        state = site.method.start(state, heard, _DeviceTools(site, card, head.round))
+        heard = replace(heard, memory=state.memory)
+
+    def part(indices: np.ndarray) -> Records | None:
+        if site.proxy_pool is None:
+            return None
+        name = ("proxy", ids_hash(indices))
+        if name not in shared:
+            shared[name] = records(site.proxy_pool, indices)
+        return shared[name]
+
+    task = Task(card, state, heard, site.private(card.id), part(head.teach), part(head.ask))
+    return _Turn(request, card, kept, head, task)
+
+
+def _train(site: Site, engine: Engine, turns: Sequence[_Turn]) -> None:
+    """Run the phases; devices whose plans are equal in outline go through them side by side."""
+    plans: dict[tuple[str, ...], list[_Turn]] = {}
+    phases: dict[tuple[str, ...], tuple[Phase, ...]] = {}
+    for turn in turns:
+        plan = site.method.plan(turn.task.heard)
+        outline = tuple(f"{p.name}/{p.data}/{p.settings}/{'+'.join(p.trains)}" for p in plan)
+        plans.setdefault(outline, []).append(turn)
+        phases[outline] = plan
+    for outline, members in plans.items():
+        for phase in phases[outline]:
+            engine.train(phase, [turn.task for turn in members])
+
+
+def _predict(site: Site, turn: _Turn) -> Payload:
+    """Let a client without gradients learn and answer."""
+    predictor = site.architecture(turn.card.architecture).build(key(site.experiment.seed, "predictor", turn.card.id))
+    x, y = turn.task.private.all()
+    assert y is not None
+    taught = turn.heading.knowledge if isinstance(turn.heading.knowledge, SoftLabels) else None
+    teach = turn.task.teach.all()[0].numpy() if turn.task.teach is not None and taught is not None else None
+    fitted = learn(predictor, (x.numpy(), y.numpy()), teach, taught)
+    net = PredictorNet(fitted, site.classes, site.dtype)
+    from fedkd.algorithms.base import View
+
+    public = None if turn.task.ask is None else turn.task.ask.all()[0]
+    return site.method.answer(net, View(private=None, public=public, classes=site.classes), turn.task.heard)
+
+
+def _finish(site: Site, store: Store, turn: _Turn) -> Reply:
+    request, task, head = turn.request, turn.task, turn.heading
+    payload = turn.answer if turn.answer is not None else Nothing()
+    state = site.method.finish(task.state, payload, task.heard) if turn.card.gradients else task.state
+    state = DeviceState(
+        models={role: state.models[role] for role in site.method.keeps if role in state.models},
+        optimizers=state.optimizers,
+        memory=state.memory,
+    )
+    received = head.message if site.codec_down.needs_reference else None
+    weighs = site.method.weighted and not isinstance(payload, Nothing)
+    envelope = Envelope(
+        run=head.run,
+        round=head.round,
+        sender=turn.card.id,
+        proxy=site.proxy_identity,
+        ids=ids_hash(head.ask),
+        examples=float(len(task.private)) if weighs else 1.0,
+    )
+    try:
+        released = site.mechanism.release(payload).payload
+        reference = turn.kept.sent if turn.kept.sent_round == request.holds and request.holds >= 0 else None
+        body = site.codec_up.encode(released, envelope, reference)
+        sent = turn.kept.sent
+        sent_round = turn.kept.sent_round
+        if site.codec_up.needs_reference and not isinstance(payload, Nothing):
+            sent, sent_round = site.codec_up.roundtrip(released, reference), head.round
+    except PayloadError as cause:
+        return Reply(request.client, request.round, None, f"answer cannot be encoded ({cause.reason}): {cause}")
+    store.save(request.client, request.round, Kept(state, received, sent, sent_round))
+    return Reply(request.client, request.round, body, losses=tuple(task.losses.items()))

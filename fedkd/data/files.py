@@ -1,0 +1,85 @@
+"""Where the files of a source lie, and how they get there when the user asks for a download."""
+
+import hashlib
+import os
+import tempfile
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedkd.errors import DataError
+
+TIMEOUT_SECONDS = 60
+
+
+def data_root() -> Path | None:
+    """The folder that FEDKD_DATA names, if it is set."""
+    value = os.environ.get("FEDKD_DATA")
+    return Path(value).expanduser() if value else None
+
+
+def cache_folder(source: str) -> Path:
+    """Where downloads of `source` go by default."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "fedkd" / source
+
+
+def locate(path: Path | None, source: str) -> Path:
+    """File or folder of a source; it need not exist (see `fedkd.data.DataConfig` for the order)."""
+    root = data_root()
+    if path is not None:
+        path = path.expanduser()
+        if not path.exists() and not path.is_absolute() and root is not None and (root / path).exists():
+            return root / path
+        return path
+    if root is not None and (root / source).exists():
+        return root / source
+    return cache_folder(source)
+
+
+def required(path: Path | None, source: str) -> Path:
+    """Like `locate`, but raises DataError where nothing is there."""
+    found = locate(path, source)
+    if not found.exists():
+        raise DataError(
+            f"source `{source}` needs {found}, which does not exist: correct data.path, or set FEDKD_DATA to "
+            "the "
+            f"folder that holds `{source}`"
+        )
+    return found
+
+
+def digest(path: Path, algorithm: str) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def fetch(urls: Iterable[str], target: Path, checksum: str) -> None:
+    """Download to `target` from the first of `urls` that delivers `checksum` ("md5:..." or "sha256:...").
+
+    The file appears under its name only when it is whole and its checksum fits. Raises DataError otherwise.
+    """
+    algorithm, wanted = checksum.split(":", 1)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failure = "no address is known"
+    for url in urls:
+        handle, name = tempfile.mkstemp(prefix=target.name, suffix=".part", dir=target.parent)
+        part = Path(name)
+        try:
+            with (
+                os.fdopen(handle, "wb") as out,
+                urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer,
+            ):
+                while block := answer.read(1 << 20):
+                    out.write(block)
+            came = digest(part, algorithm)
+            if came == wanted:
+                part.replace(target)
+                return
+            failure = f"{url} gave a file with {algorithm} {came}, but {wanted} was published"
+        except OSError as error:
+            failure = f"{url} could not be read ({error})"
+        finally:
+            part.unlink(missing_ok=True)
+    raise DataError(f"downloading {target.name} failed: {failure}; fetch it by hand into {target.parent}")

@@ -1,0 +1,142 @@
+"""Models by name, and the user's own by import path.
+
+An architecture is named by a string: a registered name (``mlp``), a name with options (``mlp(hidden=[200, 200])``), or
+``package.module:Factory``. A factory is called as ``factory(shape, classes)`` with the input shape without the batch, or
+without arguments where it takes none (scikit-learn's classifiers); it returns a ``torch.nn.Module`` that maps [B, *shape]
+to logits [B, C], or any object with ``fit`` and ``predict_proba``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from fedkd.errors import ConfigError
+from fedkd.layers import prepare
+from fedkd.models.registry import REGISTRY
+
+_SPEC = re.compile(r"^(?P<name>[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?)(\((?P<options>.*)\))?$")
+
+
+class _Methods(nn.Module):
+    """Lets ``functional_call``, which only calls ``forward``, reach a model's body and head."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, method: str, x: Tensor) -> Tensor:
+        out = self.inner(x) if method == "forward" else getattr(self.inner, method)(x)
+        assert isinstance(out, Tensor)
+        return out
+
+
+class Architecture:
+    """A named model family bound to an input shape and a number of classes. Holds no weights of its own.
+
+    Attributes:
+        name: the string it was asked by.
+        gradients: False for an object with ``predict_proba`` that torch cannot differentiate.
+        features: width D of the feature layer, or None where the model does not split into body and head.
+        trainable: names of the parameters; the other tensors are buffers.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], classes: int, dtype: torch.dtype) -> None:
+        self.name, self.shape, self.classes, self.dtype = name, shape, classes, dtype
+        self._factory = _resolve(name)
+        built = self.build(0)
+        self.gradients = isinstance(built, nn.Module)
+        self.features: int | None = None
+        self.trainable: tuple[str, ...] = ()
+        if isinstance(built, nn.Module):
+            self.template = _Methods(prepare(built)).to(dtype)
+            self.trainable = tuple(n.removeprefix("inner.") for n, _ in self.template.named_parameters())
+            self._check()
+        elif not hasattr(built, "predict_proba"):
+            raise ConfigError(
+                f"model {name!r} gave a {type(built).__name__}: expected a torch.nn.Module or an object with predict_proba"
+            )
+
+    def build(self, seed: int) -> Any:
+        """Return a fresh model, its random weights drawn from ``seed`` (the caller's global stream is untouched)."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._factory(self.shape, self.classes)
+
+    def initial(self, seed: int) -> dict[str, Tensor]:
+        """Return fresh parameters and buffers by name, in this architecture's dtype."""
+        model = self.build(seed)
+        if not isinstance(model, nn.Module):
+            return {}
+        return {
+            n: t.detach().to(self.dtype) if t.is_floating_point() else t.detach() for n, t in model.state_dict().items()
+        }
+
+    def module(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Return a real module with these weights, for code that wants hooks or ``torch.export``."""
+        model = self.build(0).to(self.dtype)
+        model.load_state_dict(dict(weights))
+        assert isinstance(model, nn.Module)
+        return model
+
+    def _check(self) -> None:
+        x = torch.zeros(2, *self.shape, dtype=self.dtype)
+        self.template.eval()
+        with torch.no_grad():
+            try:
+                out = self.template("forward", x)
+            except Exception as cause:
+                raise ConfigError(
+                    f"model {self.name!r} does not take inputs of shape {list(self.shape)}: {cause}. "
+                    "Name a model for this data, such as mlp for tables and cnn for images."
+                ) from cause
+            if tuple(out.shape) != (2, self.classes):
+                raise ConfigError(
+                    f"model {self.name!r} gives {list(out.shape)} for a batch of 2, expected logits [2, {self.classes}]"
+                )
+            inner = self.template.inner
+            if hasattr(inner, "body") and hasattr(inner, "head"):
+                self.features = int(self.template("body", x).flatten(1).shape[1])
+
+
+def _resolve(name: str) -> Callable[[tuple[int, ...], int], Any]:
+    match = _SPEC.match(name.strip())
+    if match is None:
+        raise ConfigError(f"model {name!r} is not a name, name(option=value) or package.module:Factory")
+    options = _options(name, match["options"])
+    base = match["name"]
+    if ":" not in base:
+        if base not in REGISTRY:
+            near = difflib.get_close_matches(base, REGISTRY, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"no model is named {base!r}.{hint} Known: {', '.join(sorted(REGISTRY))}.")
+        factory: Any = REGISTRY[base]
+    else:
+        module_name, attribute = base.split(":")
+        try:
+            factory = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as cause:
+            raise ConfigError(f"model {base!r} cannot be imported: {cause}") from cause
+        if inspect.isclass(factory) and hasattr(factory, "predict_proba"):
+            return lambda shape, classes: factory(**options)
+    return lambda shape, classes: factory(shape, classes, **options)
+
+
+def _options(name: str, text: str | None) -> dict[str, Any]:
+    if not text or not text.strip():
+        return {}
+    body = re.sub(r"(^|,)\s*([A-Za-z_]\w*)\s*=\s*", r"\1 \2: ", text)
+    try:
+        options = yaml.safe_load("{" + body + "}")
+    except yaml.YAMLError as cause:
+        raise ConfigError(f"the options of model {name!r} cannot be read, expected (option=value, ...)") from cause
+    assert isinstance(options, dict)
+    return options

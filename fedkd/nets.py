@@ -1,0 +1,97 @@
+"""A device's models as functions of their weights, as losses see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from fedkd.algorithms.base import Batch
+from fedkd.models import Architecture
+
+
+class Net:
+    """What a loss calls: ``net(batch)`` gives logits [B, C], ``net.features(batch)`` the features [B, D].
+
+    A device with several models gives them by role: ``net["shared"](batch)``; ``net`` itself is the role ``model``.
+    Works on plain tensors and under ``torch.func.vmap`` alike.
+    """
+
+    def __init__(
+        self,
+        architectures: Mapping[str, Architecture],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        role: str = "model",
+        chunk: int | None = None,
+    ) -> None:
+        self._architectures, self._tensors, self._role, self._chunk = architectures, tensors, role, chunk
+
+    def __getitem__(self, role: str) -> Net:
+        return Net(self._architectures, self._tensors, role, self._chunk)
+
+    def __call__(self, batch: Batch | Tensor) -> Tensor:
+        """Return logits [B, C]."""
+        return self._call("forward", batch)
+
+    def features(self, batch: Batch | Tensor) -> Tensor:
+        """Return what the model's body gives, flattened to [B, D]."""
+        return self._call("body", batch).flatten(1)
+
+    def head(self, features: Tensor) -> Tensor:
+        """Return logits [B, C] from features [B, D]."""
+        return self._call("head", features)
+
+    def probabilities(self, batch: Batch | Tensor) -> Tensor:
+        """Return class probabilities [B, C]."""
+        return self(batch).softmax(-1)
+
+    def mode(self, *, training: bool) -> None:
+        """Put the models behind this net into training or evaluation mode."""
+        for architecture in self._architectures.values():
+            architecture.template.train(training)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers of this role's model."""
+        return dict(self._tensors[self._role])
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable tensors of this role's model, without buffers."""
+        tensors = self._tensors[self._role]
+        return {name: tensors[name] for name in self._architectures[self._role].trainable}
+
+    def _call(self, method: str, batch: Batch | Tensor) -> Tensor:
+        x = batch.x if isinstance(batch, Batch) else batch
+        template = self._architectures[self._role].template
+        tensors = {f"inner.{name}": value for name, value in self._tensors[self._role].items()}
+        if self._chunk is None or x.shape[0] <= self._chunk or torch.is_grad_enabled():
+            out: Tensor = functional_call(template, tensors, (method, x))
+            return out
+        parts = [functional_call(template, tensors, (method, part)) for part in x.split(self._chunk)]
+        return torch.cat(parts)
+
+
+class PredictorNet(Net):
+    """A client that is no torch model: logits are the logarithms of its ``predict_proba``, floored at 1e-6."""
+
+    def __init__(self, predictor: object, classes: int, dtype: torch.dtype) -> None:
+        super().__init__({}, {})
+        self._predictor, self._classes, self._dtype = predictor, classes, dtype
+
+    def __getitem__(self, role: str) -> Net:
+        return self
+
+    def _call(self, method: str, batch: Batch | Tensor) -> Tensor:
+        if method != "forward":
+            raise TypeError("a client with predict_proba has no features")
+        x = batch.x if isinstance(batch, Batch) else batch
+        given = np.asarray(self._predictor.predict_proba(x.flatten(1).numpy()), dtype=np.float64)  # type: ignore[attr-defined]
+        held = np.asarray(getattr(self._predictor, "classes_", np.arange(given.shape[1])), dtype=np.int64)
+        full = np.zeros((len(given), self._classes))
+        full[:, held] = given
+        full = np.clip(full, 1e-6, None)
+        return torch.from_numpy(np.log(full / full.sum(axis=1, keepdims=True))).to(self._dtype)

@@ -1,0 +1,1 @@
+"""Reading, comparing and picturing what runs leave behind."""

@@ -1,0 +1,129 @@
+"""A runner carries requests to devices and replies back, and lets a simulation look at the devices' models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkd.client import respond
+from fedkd.engines.base import Engine, SerialEngine
+from fedkd.engines.stacked import StackedEngine
+from fedkd.messages import Reply, Request
+from fedkd.site import Site
+from fedkd.store import MemoryStore, Store
+
+SLICE = 1024
+"""Devices that go through the procedure together at most; bounds the memory of states in flight."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What devices' models make of the test set.
+
+    ``correct`` int64 [K, C]: right answers per device and class. ``ensemble`` float64 [N, C]: mean probabilities.
+    """
+
+    correct: NDArray[np.int64]
+    ensemble: NDArray[np.float64]
+
+
+class Runner(ABC):
+    """Carries a round to devices and back."""
+
+    name: str
+
+    @abstractmethod
+    def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        """Yield a reply for every request, in any order."""
+
+    @abstractmethod
+    def inspect(self, clients: Sequence[int], round: int) -> Inspection | None:
+        """Return what the devices' models are worth before ``round``; None where nobody may look (a real network)."""
+
+    def save(self) -> Mapping[str, bytes]:
+        """Return files for a checkpoint; empty where devices keep their own state."""
+        return {}
+
+    def restore(self, files: Mapping[str, bytes], round: int) -> None:
+        """Go back to the checkpoint made after ``round``."""
+
+
+def make_engine(site: Site, kind: str) -> Engine:
+    """Return the engine called ``kind``."""
+    return SerialEngine(site) if kind == "serial" else StackedEngine(site)
+
+
+class LocalRunner(Runner):
+    """All devices in this process."""
+
+    def __init__(self, site: Site, engine: Engine, store: MemoryStore | None = None) -> None:
+        self.site, self.engine = site, engine
+        self.store = store if store is not None else MemoryStore()
+        self.name = site.experiment.runner.kind
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        for start in range(0, len(requests), SLICE):
+            yield from respond(self.site, self.engine, self.store, requests[start : start + SLICE])
+
+    def inspect(self, clients: Sequence[int], round: int) -> Inspection | None:
+        return inspect(self.site, self.engine, self.store, clients, round)
+
+    def save(self) -> Mapping[str, bytes]:
+        return {"devices.safetensors": self.store.dump()}
+
+    def restore(self, files: Mapping[str, bytes], round: int) -> None:
+        self.store.restore(files["devices.safetensors"])
+
+
+@torch.no_grad()
+def inspect(site: Site, engine: Engine, store: Store, clients: Sequence[int], round: int) -> Inspection:
+    """Evaluate the models of ``clients`` on the test set, as they stand before ``round``."""
+    x = site.test.take(torch.arange(len(site.test)))
+    assert site.test.y is not None
+    labels = site.test.y
+    cards = [site.cards[k] for k in clients]
+    correct = np.zeros((len(clients), site.classes), np.int64)
+    ensemble = np.zeros((len(labels), site.classes))
+    kept = [store.load(k, round).state for k in clients]
+    torches = [i for i, card in enumerate(cards) if card.gradients]
+    for start in range(0, len(torches), SLICE):
+        part = torches[start : start + SLICE]
+        states = [s if (s := kept[i]) is not None else site.new_device(cards[i]) for i in part]
+        for k, scores in engine.scores([cards[i] for i in part], states, x):
+            correct[part[k]] = count_correct(scores, labels, site.classes)
+            ensemble += scores.softmax(-1).numpy()
+    for i, card in enumerate(cards):
+        if not card.gradients:
+            scores = _predictor_scores(site, card.id, x)
+            correct[i] = count_correct(scores, labels, site.classes)
+            ensemble += scores.softmax(-1).numpy()
+    return Inspection(correct, ensemble / max(len(clients), 1))
+
+
+def count_correct(scores: Tensor, labels: Tensor, classes: int) -> NDArray[np.int64]:
+    """Return the number of right answers per class [C]."""
+    hit = labels[scores.argmax(-1) == labels]
+    found: NDArray[np.int64] = torch.bincount(hit, minlength=classes).numpy()
+    return found
+
+
+def _predictor_scores(site: Site, client: int, x: Tensor) -> Tensor:
+    """A client without gradients is judged by what it learns from its own records: it keeps no state between rounds."""
+    from fedkd.nets import PredictorNet
+    from fedkd.predictors import learn
+    from fedkd.seeding import key
+
+    records = site.private(client)
+    if not len(records):
+        return torch.zeros(len(x), site.classes, dtype=site.dtype)
+    own, labels = records.all()
+    assert labels is not None
+    seed = key(site.experiment.seed, "predictor", client)
+    fitted = learn(site.architecture(site.cards[client].architecture).build(seed), (own.numpy(), labels.numpy()), None, None)
+    return PredictorNet(fitted, site.classes, site.dtype)(x)

@@ -1,0 +1,123 @@
+"""Files that survive a power cut: written aside, synced, renamed, with a checksum beside them. Never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedkd.errors import FedkdError
+
+MANIFEST = "manifest.json"
+
+
+class StorageError(FedkdError):
+    """A file cannot be written, or what was read back is not what was written."""
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds either the old or the new content, whatever happens meanwhile.
+
+    Raises:
+        StorageError: the disk is full or read-only; the old content stands.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as cause:
+        aside.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {cause.strerror or cause}; the former content is kept") from cause
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically. NaN and infinity are refused, because JSON has none."""
+    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return ``tensors`` in the safetensors format."""
+    plain = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
+    packed: bytes = safetensors.torch.save(plain, dict(metadata) if metadata else None)
+    return packed
+
+
+def unpack_tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    """Return the tensors of safetensors bytes.
+
+    Raises:
+        StorageError: the bytes are no safetensors file.
+    """
+    try:
+        found: dict[str, Tensor] = safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError) as cause:
+        raise StorageError(f"{where} is no safetensors file: {cause}") from cause
+    return found
+
+
+def write_bundle(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write ``folder`` with ``files`` and a manifest of their SHA-256, as one step: it is there whole or not at all.
+
+    Raises:
+        StorageError: the disk is full or read-only.
+    """
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        sums = {}
+        for name, data in files.items():
+            write_atomic(aside / name, data)
+            sums[name] = hashlib.sha256(data).hexdigest()
+        write_json(aside / MANIFEST, {"sha256": sums})
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+        sync_folder(folder.parent)
+    except (OSError, StorageError) as cause:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StorageError(f"cannot write {folder}: {cause}") from cause
+
+
+def read_bundle(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder written by :func:`write_bundle`, each checked against its SHA-256.
+
+    Raises:
+        StorageError: a file is missing, was changed, or has a name that leads elsewhere.
+    """
+    try:
+        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
+        if not isinstance(sums, dict):
+            raise ValueError("no list of checksums")
+        files = {}
+        for name, wanted in sums.items():
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise StorageError(f"{folder}: {name!r} is no plain file name")
+            data = (folder / name).read_bytes()
+            if hashlib.sha256(data).hexdigest() != wanted:
+                raise StorageError(f"{folder / name}: the checksum does not match, the file was damaged")
+            files[name] = data
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        raise StorageError(f"{folder} is no whole checkpoint: {cause}") from cause
+    return files

@@ -1,0 +1,163 @@
+"""Where devices keep what they need from round to round."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedkd.algorithms.base import DeviceState
+from fedkd.payloads import Payload, outline, rebuild
+from fedkd.storage import StorageError, pack_tensors, unpack_tensors, write_atomic
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A device's state (None before it was first asked), and the last messages that delta coding refers to."""
+
+    state: DeviceState | None = None
+    received: Payload | None = None
+    sent: Payload | None = None
+    sent_round: int = -1
+
+
+class Store(ABC):
+    """Keeps what devices keep."""
+
+    @abstractmethod
+    def load(self, client: int, round: int) -> Kept:
+        """Return what the device kept before ``round``."""
+
+    @abstractmethod
+    def save(self, client: int, round: int, kept: Kept) -> None:
+        """Keep what the device has after ``round``."""
+
+
+class MemoryStore(Store):
+    """Keeps devices in memory; a device that was never asked takes no room."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Kept] = {}
+
+    def load(self, client: int, round: int) -> Kept:
+        return self._kept.get(client, Kept())
+
+    def save(self, client: int, round: int, kept: Kept) -> None:
+        self._kept[client] = kept
+
+    def dump(self) -> bytes:
+        """Return all devices as safetensors bytes."""
+        tensors: dict[str, Tensor] = {}
+        kinds: dict[str, Any] = {}
+        for client, kept in self._kept.items():
+            mine, kind = flatten(kept)
+            tensors |= {f"{client}|{name}": t for name, t in mine.items()}
+            kinds[str(client)] = kind
+        return pack_tensors(tensors, {"kept": json.dumps(kinds)})
+
+    def restore(self, data: bytes) -> None:
+        """Replace all devices by those of :meth:`dump`."""
+        kinds = json.loads(read_metadata(data)["kept"])
+        grouped: dict[str, dict[str, Tensor]] = {client: {} for client in kinds}
+        for name, tensor in unpack_tensors(data, "devices").items():
+            client, rest = name.split("|", 1)
+            grouped[client][rest] = tensor
+        self._kept = {int(client): unflatten(mine, kinds[client]) for client, mine in grouped.items()}
+
+
+class FolderStore(Store):
+    """Keeps every device in a folder of its own, one file per round, the last two kept.
+
+    A round that is asked again, because the server fell back to its last checkpoint, finds the state before it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, client: int, round: int) -> Kept:
+        known = [r for r in self._rounds(client) if r < round]
+        if not known:
+            return Kept()
+        path = self._path(client, max(known))
+        try:
+            data = path.read_bytes()
+        except OSError as cause:
+            raise StorageError(f"cannot read {path}: {cause.strerror or cause}") from cause
+        return unflatten(unpack_tensors(data, str(path)), json.loads(read_metadata(data)["kept"]))
+
+    def save(self, client: int, round: int, kept: Kept) -> None:
+        tensors, kind = flatten(kept)
+        path = self._path(client, round)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, pack_tensors(tensors, {"kept": json.dumps(kind)}))
+        for old in sorted(self._rounds(client))[:-2]:
+            self._path(client, old).unlink(missing_ok=True)
+
+    def forget_after(self, round: int, clients: Iterable[int]) -> None:
+        """Drop what devices kept after ``round``: a resumed server asks those rounds again."""
+        for client in clients:
+            for later in self._rounds(client):
+                if later > round:
+                    self._path(client, later).unlink(missing_ok=True)
+
+    def _path(self, client: int, round: int) -> Path:
+        return self.folder / f"{client:06d}" / f"{round:06d}.safetensors"
+
+    def _rounds(self, client: int) -> list[int]:
+        folder = self.folder / f"{client:06d}"
+        return [int(p.stem) for p in folder.glob("[0-9]*.safetensors")] if folder.is_dir() else []
+
+
+def flatten(kept: Kept) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of ``kept`` by name, and the rest as plain data."""
+    tensors: dict[str, Tensor] = {}
+    kind: dict[str, Any] = {"sent_round": kept.sent_round, "state": kept.state is not None}
+    if kept.state is not None:
+        for section in ("models", "optimizers"):
+            for role, values in getattr(kept.state, section).items():
+                tensors |= {f"{section}|{role}|{name}": t for name, t in values.items()}
+        tensors |= {f"memory|{name}": t for name, t in kept.state.memory.items()}
+    for side in ("received", "sent"):
+        payload: Payload | None = getattr(kept, side)
+        if payload is not None:
+            kind[side] = outline(payload)
+            tensors |= {f"{side}|{name}": t for name, t in payload.tensors().items()}
+    return tensors, kind
+
+
+def unflatten(tensors: Mapping[str, Tensor], kind: Mapping[str, Any]) -> Kept:
+    """Undo :func:`flatten`."""
+    sections: dict[str, Any] = {"models": {}, "optimizers": {}, "memory": {}, "received": {}, "sent": {}}
+    for name, tensor in tensors.items():
+        section, rest = name.split("|", 1)
+        if section in ("models", "optimizers"):
+            role, rest = rest.split("|", 1)
+            sections[section].setdefault(role, {})[rest] = tensor
+        else:
+            sections[section][rest] = tensor
+    state = None
+    if kind["state"]:
+        state = DeviceState(
+            models=sections["models"], optimizers=sections["optimizers"], memory=sections["memory"]
+        )
+    sides = {s: rebuild(kind[s], sections[s]) if s in kind else None for s in ("received", "sent")}
+    return Kept(state, sides["received"], sides["sent"], int(kind["sent_round"]))
+
+
+def read_metadata(data: bytes) -> dict[str, str]:
+    """Return the text metadata of safetensors bytes.
+
+    Raises:
+        StorageError: the header is damaged.
+    """
+    try:
+        size = int.from_bytes(data[:8], "little")
+        found = json.loads(data[8 : 8 + size])["__metadata__"]
+    except (ValueError, KeyError, TypeError) as cause:
+        raise StorageError("a stored state lacks its header") from cause
+    return {str(k): str(v) for k, v in found.items()}
