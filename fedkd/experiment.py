@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +84,9 @@ class PopulationConfig(Section):
     """Who takes part in a round, and who fails to."""
 
     participation: float = Field(1.0, gt=0, le=1, description="Share of devices asked in a round.")
-    dropout: float = Field(0.0, ge=0, le=1, description="Chance that a device that was asked drops out before it works.")
+    dropout: float = Field(
+        0.0, ge=0, le=1, description="Chance that a device that was asked drops out before it works."
+    )
     late: float = Field(0.0, ge=0, le=1, description="Chance that an answer comes after the round is closed.")
     minimum: int = Field(1, ge=1, description="Answers below which a round fails: its answers are discarded.")
 
@@ -112,7 +115,9 @@ class EvaluationConfig(Section):
     """What is measured, and how often. None of it changes a result."""
 
     every: int = Field(1, ge=1, description="Rounds between evaluations of the student.")
-    clients_every: int | None = Field(None, ge=1, description="Rounds between evaluations of devices; null: at the end.")
+    clients_every: int | None = Field(
+        None, ge=1, description="Rounds between evaluations of devices; null: at the end."
+    )
     local_only: bool = Field(True, description="Also train every device alone, with the same steps on its own records.")
     batch_size: int = Field(1000, ge=1)
 
@@ -214,9 +219,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> list[tuple[dict[st
     base = read_yaml(path) if path is not None else {}
     choices = [_parse_override(text) for text in overrides]
     choices.sort(key=lambda item: item[0] == "seed")
-    size = 1
-    for _, values in choices:
-        size *= len(values)
+    size = math.prod(len(options) for _, options in choices)
     if size > MAX_SWEEP:
         raise ConfigError(f"the comma lists make {size} runs, more than {MAX_SWEEP}: split the sweep")
     points = []
@@ -349,7 +352,11 @@ def schema() -> dict[str, Any]:
     methods, definitions = catalogue.schemas()
     result["properties"]["algorithm"] = {
         "description": "A method by name, with its parameters; or package.module:Class.",
-        "anyOf": [{"type": "string", "enum": sorted(catalogue.METHODS)}, {"type": "string", "pattern": ".+:.+"}, *methods],
+        "anyOf": [
+            {"type": "string", "enum": sorted(catalogue.METHODS)},
+            {"type": "string", "pattern": ".+:.+"},
+            *methods,
+        ],
     }
     result.setdefault("$defs", {}).update(definitions)
     result["$schema"] = "https://json-schema.org/draft/2020-12/schema"

@@ -89,7 +89,9 @@ def read_request(site: Site, card: Card, body: bytes, reference: Payload | None 
     payload, envelope = _decode(site, body, (whole, empty), reference)
     assert isinstance(payload, Bundle)
     if envelope.proxy != site.proxy_identity:
-        raise PayloadError("proxy", f"the server speaks of proxy set {envelope.proxy!r}, this device has {site.proxy_identity!r}")
+        raise PayloadError(
+            "proxy", f"the server speaks of proxy set {envelope.proxy!r}, this device has {site.proxy_identity!r}"
+        )
     size = len(site.proxy) if site.proxy is not None else 0
     teach = _expand(payload.parts.get("teach"), size)
     ask = _expand(payload.parts.get("ask"), size)

@@ -176,9 +176,7 @@ class Bundle(Payload):
     parts: Mapping[str, Payload] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{role}/{name}": t for role, part in self.parts.items() for name, t in part.tensors().items()
-        }
+        return {f"{role}/{name}": t for role, part in self.parts.items() for name, t in part.tensors().items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Payload:
@@ -223,9 +221,7 @@ class Contract:
     max_elements: int = 200_000_000
 
     @staticmethod
-    def of(
-        kind: type[Payload], dims: Mapping[str, int], weights: Mapping[str, Tensor] | None = None
-    ) -> Contract:
+    def of(kind: type[Payload], dims: Mapping[str, int], weights: Mapping[str, Tensor] | None = None) -> Contract:
         """Bind the named dimensions of ``kind``; ``weights`` gives the shapes of a :class:`Weights` payload.
 
         Args:
@@ -249,9 +245,7 @@ class Contract:
     @staticmethod
     def bundle(parts: Mapping[str, Contract]) -> Contract:
         """Contract of a :class:`Bundle` whose parts keep the contracts given."""
-        shapes = {
-            f"{role}/{name}": shape for role, part in parts.items() for name, shape in part.shapes.items()
-        }
+        shapes = {f"{role}/{name}": shape for role, part in parts.items() for name, shape in part.shapes.items()}
         ranges = {f"{role}/{name}": r for role, part in parts.items() for name, r in part.ranges.items()}
         classes = max((part.classes for part in parts.values()), default=0)
         return Contract(kind=Bundle, shapes=shapes, ranges=ranges, classes=classes, parts=dict(parts))
@@ -265,19 +259,13 @@ class Contract:
                 not occur.
         """
         if isinstance(payload, Bundle):
-            return Contract.bundle(
-                {role: Contract.like(part, classes) for role, part in payload.parts.items()}
-            )
+            return Contract.bundle({role: Contract.like(part, classes) for role, part in payload.parts.items()})
         tensors = payload.tensors()
         if isinstance(payload, Weights):
             return Contract.of(Weights, {"C": classes}, weights=tensors)
-        dims = {
-            d: s for n, f in payload.fields.items() for d, s in zip(f.dims, tensors[n].shape, strict=True)
-        }
+        dims = {d: s for n, f in payload.fields.items() for d, s in zip(f.dims, tensors[n].shape, strict=True)}
         if classes or "C" not in dims:
-            labels = [
-                int(tensors[n].max()) + 1 for n, f in payload.fields.items() if _has_labels(f, tensors[n])
-            ]
+            labels = [int(tensors[n].max()) + 1 for n, f in payload.fields.items() if _has_labels(f, tensors[n])]
             dims["C"] = classes or max(labels, default=0)
         return Contract.of(type(payload), dims)
 
@@ -303,24 +291,19 @@ class Contract:
                 _list(self.shapes.keys() - shapes.keys()),
                 _list(shapes.keys() - self.shapes.keys()),
             )
-            raise PayloadError(
-                "fields", f"tensors missing: {missing}; tensors that nobody asked for: {extra}"
-            )
+            raise PayloadError("fields", f"tensors missing: {missing}; tensors that nobody asked for: {extra}")
         total = 0
         for name, shape in shapes.items():
             want = self.shapes[name]
             if want != shape and (
-                len(want) != len(shape)
-                or any(w is not None and w != s for w, s in zip(want, shape, strict=True))
+                len(want) != len(shape) or any(w is not None and w != s for w, s in zip(want, shape, strict=True))
             ):
                 raise PayloadError("shape", f"{name}: expected shape {_show(want)}, got {_show(shape)}")
             if min(shape, default=0) < 0:
                 raise PayloadError("shape", f"{name}: expected sizes of at least 0, got {_show(shape)}")
             total += math.prod(shape)
             if total > self.max_elements:
-                raise PayloadError(
-                    "size", f"{name}: {total} elements so far, at most {self.max_elements} accepted"
-                )
+                raise PayloadError("size", f"{name}: {total} elements so far, at most {self.max_elements} accepted")
 
     def check_values(self, payload: Payload) -> Payload:
         """Check every value against its range and return the payload with simplex rows renormalised.
@@ -337,9 +320,7 @@ class Contract:
         if isinstance(payload, Bundle):
             # Part by part, because each part has its own number of classes.
             if payload.parts.keys() != self.parts.keys():
-                raise PayloadError(
-                    "fields", f"expected the parts {_list(self.parts)}, got {_list(payload.parts)}"
-                )
+                raise PayloadError("fields", f"expected the parts {_list(self.parts)}, got {_list(payload.parts)}")
             parts = {r: self.parts[r]._check_values(part, f"{role}{r}/") for r, part in payload.parts.items()}
             return Bundle(parts=parts)
         tensors = payload.tensors()
@@ -378,9 +359,7 @@ def _check(name: str, value: Tensor, kind: Range, classes: int) -> Tensor:
             raise PayloadError("finite", f"{name}: NaN or infinity, expected finite numbers")
         cap = WEIGHT_CAP if kind == "weight" else REAL_CAP
         if max(-low, high) > cap:
-            raise PayloadError(
-                "range", f"{name}: magnitude {max(-low, high):.3g}, at most {cap:.0e} is accepted"
-            )
+            raise PayloadError("range", f"{name}: magnitude {max(-low, high):.3g}, at most {cap:.0e} is accepted")
     else:
         low, high = (0, 0) if value.numel() == 0 else (int(t) for t in torch.aminmax(value))
     if kind in ("weight", "simplex", "flag", "label") and low < 0:
@@ -388,9 +367,7 @@ def _check(name: str, value: Tensor, kind: Range, classes: int) -> Tensor:
     if kind == "weight" and high > WEIGHT_CAP:
         raise PayloadError("range", f"{name}: {high:.3g} is over the cap of {WEIGHT_CAP:.0e} for a count")
     if kind == "label" and (value.is_floating_point() or (value.numel() and high >= classes)):
-        raise PayloadError(
-            "label", f"{name}: expected integers below {classes}, got {value.dtype} up to {high}"
-        )
+        raise PayloadError("label", f"{name}: expected integers below {classes}, got {value.dtype} up to {high}")
     if kind == "flag" and bool(((value != 0) & (value != 1)).any()):
         raise PayloadError("range", f"{name}: expected only 0 and 1")
     if kind == "simplex" and value.numel():
@@ -426,9 +403,7 @@ class Envelope:
     def check_examples(self) -> None:
         """Raise PayloadError ``examples`` unless the count is finite, above 0 and at most ``WEIGHT_CAP``."""
         if not 0 < self.examples <= WEIGHT_CAP:  # false for NaN as well
-            raise PayloadError(
-                "examples", f"examples: expected above 0 and at most 1e9, got {self.examples:.6g}"
-            )
+            raise PayloadError("examples", f"examples: expected above 0 and at most 1e9, got {self.examples:.6g}")
 
     def check_identity(self, expected: Envelope) -> None:
         """Raise PayloadError ``sender``, ``run`` or ``round`` where this envelope is not the one expected."""
@@ -454,11 +429,7 @@ def ids_hash(indices: np.ndarray) -> str:
 def payload_equal(a: Payload, b: Payload) -> bool:
     """Tell whether two payloads are of one kind with equal tensors."""
     left, right = a.tensors(), b.tensors()
-    return (
-        type(a) is type(b)
-        and left.keys() == right.keys()
-        and all(torch.equal(left[k], right[k]) for k in left)
-    )
+    return type(a) is type(b) and left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 def outline(payload: Payload) -> dict[str, Any]:

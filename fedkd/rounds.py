@@ -157,9 +157,7 @@ class Rounds:
         record |= self._evaluate(progress, round)
         return record
 
-    def _requests(
-        self, progress: Progress, round: int, cohort: Cohort, ask: NDArray[np.int64]
-    ) -> list[Request]:
+    def _requests(self, progress: Progress, round: int, cohort: Cohort, ask: NDArray[np.int64]) -> list[Request]:
         """Write one message per audience; under delta coding, one more for those who missed the last message."""
         delta = self.site.codec_down.needs_reference
         bodies: dict[Hashable, bytes] = {}
@@ -188,7 +186,13 @@ class Rounds:
         return requests
 
     def _accept(
-        self, progress: Progress, round: int, client: int, body: bytes, ask: NDArray[np.int64], accepted: dict[int, Answer]
+        self,
+        progress: Progress,
+        round: int,
+        client: int,
+        body: bytes,
+        ask: NDArray[np.int64],
+        accepted: dict[int, Answer],
     ) -> Answer | None:
         """Validate one upload; None is an abstention.
 
@@ -199,9 +203,7 @@ class Rounds:
             raise PayloadError("duplicate", f"device {client} has answered round {round} already")
         card = self.site.cards[client]
         codec = self.site.codec_up
-        expected = Envelope(
-            run=self.run, round=round, sender=client, proxy=self.site.proxy_identity, ids=ids_hash(ask)
-        )
+        expected = Envelope(run=self.run, round=round, sender=client, proxy=self.site.proxy_identity, ids=ids_hash(ask))
         reference = progress.answers_kept[client][1] if client in progress.answers_kept else None
         if len(body) <= ABSTENTION_BYTES:
             try:
@@ -284,5 +286,3 @@ NOTHING = Contract.of(Nothing, {})
 def round_half_up(value: float) -> int:
     """Round to the nearest integer, halves up."""
     return int(np.floor(value + 0.5))
-
-

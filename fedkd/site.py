@@ -166,7 +166,9 @@ class Site:
                 "use a proxy set of the same shape"
             )
         if not self.architecture(models.student).gradients and (method.student or SHARED_ROLE in method.roles):
-            raise ConfigError(f"models.student {models.student!r} is no torch model, so that the server cannot train it")
+            raise ConfigError(
+                f"models.student {models.student!r} is no torch model, so that the server cannot train it"
+            )
         for card in self.cards:
             if not card.gradients and not method.predictors:
                 raise ConfigError(

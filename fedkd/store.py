@@ -142,9 +142,7 @@ def unflatten(tensors: Mapping[str, Tensor], kind: Mapping[str, Any]) -> Kept:
             sections[section][rest] = tensor
     state = None
     if kind["state"]:
-        state = DeviceState(
-            models=sections["models"], optimizers=sections["optimizers"], memory=sections["memory"]
-        )
+        state = DeviceState(models=sections["models"], optimizers=sections["optimizers"], memory=sections["memory"])
     sides = {s: rebuild(kind[s], sections[s]) if s in kind else None for s in ("received", "sent")}
     return Kept(state, sides["received"], sides["sent"], int(kind["sent_round"]))
 

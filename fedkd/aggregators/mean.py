@@ -40,9 +40,7 @@ def mean_weights(answers: Iterable[Answer], *, weighted: bool) -> Tensors:
     result: dict[str, Tensor] = {}
     for name, example in first.items():
         if example.is_floating_point():
-            result[name] = weighted_mean(
-                (a.payload.tensors()[name], a.examples if weighted else 1.0) for a in answers
-            )
+            result[name] = weighted_mean((a.payload.tensors()[name], a.examples if weighted else 1.0) for a in answers)
         else:
             result[name] = example
     return result

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedkd.aggregators import mean_weights
 from fedkd.algorithms.averaging import WeightAveraging
-from fedkd.algorithms.base import Answers, Batch, Card, ServerState, ServerTools, with_model
+from fedkd.algorithms.base import Answers, Batch, Card, ServerState, ServerTools, Tensors, with_model
 from fedkd.losses import kl_divergence
 from fedkd.payloads import Bundle, Logits, Nothing, Payload, Weights
 
@@ -69,12 +69,18 @@ class FedDF(WeightAveraging):
         assert isinstance(knowledge, Bundle)
         teacher = knowledge.parts["teacher"]
         roles = {architecture: role for role, (architecture, _) in server.models.items()}
-        means = {n.removeprefix("mean "): part.tensors() for n, part in knowledge.parts.items() if n != "teacher"}
+        means: dict[str, Tensors] = {
+            name.removeprefix("mean "): part.tensors() for name, part in knowledge.parts.items() if name != "teacher"
+        }
         student, weights = server.models["student"]
         means.setdefault(student, weights)
         for architecture, start in means.items():
             taught = tools.train(
-                architecture, start, lambda net, batch: self.server_loss(net, batch, teacher), tools.asked, label=architecture
+                architecture,
+                start,
+                lambda net, batch: self.server_loss(net, batch, teacher),
+                tools.asked,
+                label=architecture,
             )
             server = with_model(server, roles.get(architecture, architecture), architecture, taught)
         return replace(server, knowledge=Nothing())

@@ -150,7 +150,9 @@ def fit(
         size = int(plan.sizes[t])
         positions = torch.from_numpy(plan.index[t, :size])
         x = data.inputs(positions)
-        batch = Batch(x=x, y=data.labels(positions), index=positions, weight=torch.full((size,), 1 / size, dtype=x.dtype))
+        batch = Batch(
+            x=x, y=data.labels(positions), index=positions, weight=torch.full((size,), 1 / size, dtype=x.dtype)
+        )
         with situation(mask=None, generators=[stream] if stream is not None else None):
             value = loss(net, batch)
         grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
@@ -183,7 +185,11 @@ class SerialEngine(Engine):
                 stream=self.dropout_stream(phase, task),
                 optimizer_state=task.state.optimizers.get(phase.name),
             )
-            keep = {**task.state.optimizers, phase.name: optimizer} if settings.optimizer.persist else task.state.optimizers
+            keep = (
+                {**task.state.optimizers, phase.name: optimizer}
+                if settings.optimizer.persist
+                else task.state.optimizers
+            )
             task.state = replace(task.state, models=models, optimizers=keep)
             task.losses[phase.name] = mean
 

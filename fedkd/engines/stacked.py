@@ -58,7 +58,7 @@ class StackedEngine(Engine):
         if not work:
             return
         work.sort(key=lambda w: -w[2].steps)
-        tasks, datas, plans = ([w[i] for w in work] for i in range(3))  # type: ignore[assignment]
+        tasks, datas, plans = [w[0] for w in work], [w[1] for w in work], [w[2] for w in work]
         count, steps = len(tasks), plans[0].steps
         width = max(plan.index.shape[1] for plan in plans)
         length = np.array([plan.steps for plan in plans])
@@ -115,7 +115,10 @@ class StackedEngine(Engine):
                 same = (rate[:active, t] == rate[0, t]).all()
                 step_rate = float(rate[0, t]) if same else torch.from_numpy(rate[:active, t]).to(self.site.dtype)
                 optimizer.step(
-                    {k: v[:active] for k, v in params.items()}, grads, {k: v[:active] for k, v in state.items()}, step_rate
+                    {k: v[:active] for k, v in params.items()},
+                    grads,
+                    {k: v[:active] for k, v in state.items()},
+                    step_rate,
                 )
                 total[:active] += values.detach()
 
@@ -234,12 +237,12 @@ class StackedEngine(Engine):
             told = _signature(task.heard.knowledge.tensors())
             teach = None if task.teach is None else id(task.teach)
             ask = None if task.ask is None else id(task.ask)
-            group = (task.card.architecture, told, _signature(task.heard.memory), kept, teach, ask, task.heard.round)
-            groups.setdefault(group, []).append(task)
-        for group in groups.values():
-            size = self.block_size(group[0].card.architecture)
-            for start in range(0, len(group), size):
-                yield group[start : start + size]
+            place = (task.card.architecture, told, _signature(task.heard.memory), kept, teach, ask, task.heard.round)
+            groups.setdefault(place, []).append(task)
+        for members in groups.values():
+            size = self.block_size(members[0].card.architecture)
+            for start in range(0, len(members), size):
+                yield members[start : start + size]
 
     def _guard(
         self, stage: str, block: list[Task], stacked: Callable[[list[Task]], Any], serial: Callable[[list[Task]], Any]

@@ -64,7 +64,9 @@ def lenet(shape: Shape, classes: int, width: float = 1.0) -> nn.Module:
     return Classifier(body, nn.Linear(d, classes))
 
 
-def cnn(shape: Shape, classes: int, channels: Sequence[int] = (6, 16), features: int = 32, norm: str = "batch") -> nn.Module:
+def cnn(
+    shape: Shape, classes: int, channels: Sequence[int] = (6, 16), features: int = 32, norm: str = "batch"
+) -> nn.Module:
     """3x3 stride-2 convolutions with ReLU and a normalisation (``batch``, ``group`` or ``none``), then one dense layer.
 
     The default is the classifier of Zhu et al., "Data-Free Knowledge Distillation for Heterogeneous Federated Learning"

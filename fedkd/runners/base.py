@@ -125,5 +125,7 @@ def _predictor_scores(site: Site, client: int, x: Tensor) -> Tensor:
     own, labels = records.all()
     assert labels is not None
     seed = key(site.experiment.seed, "predictor", client)
-    fitted = learn(site.architecture(site.cards[client].architecture).build(seed), (own.numpy(), labels.numpy()), None, None)
+    fitted = learn(
+        site.architecture(site.cards[client].architecture).build(seed), (own.numpy(), labels.numpy()), None, None
+    )
     return PredictorNet(fitted, site.classes, site.dtype)(x)

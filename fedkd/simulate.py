@@ -1,0 +1,467 @@
+"""A run and a sweep: folders on disk, checkpoints, resume, baselines, and the summary a person wants."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedkd.algorithms.base import ServerState
+from fedkd.errors import ConfigError, FedkdError
+from fedkd.experiment import Experiment, read_yaml, validate
+from fedkd.payloads import Payload, outline, rebuild
+from fedkd.report.runfolder import write_sweep_summary
+from fedkd.rounds import Progress, Rounds
+from fedkd.runners.base import LocalRunner, Runner, make_engine
+from fedkd.site import Site
+from fedkd.storage import (
+    StorageError,
+    pack_tensors,
+    read_bundle,
+    unpack_tensors,
+    write_atomic,
+    write_bundle,
+    write_json,
+)
+from fedkd.store import read_metadata
+
+SCHEMA = 1
+CONFIG, ROWS, SUMMARY, PARTITION, SWEEP = "config.yaml", "rounds.jsonl", "summary.json", "partition.json", "sweep.json"
+STUDENT, CHECKPOINTS = "student.safetensors", "checkpoints"
+
+Watch = Callable[[Mapping[str, Any], int], None]
+"""Called after every round with its record and the number of rounds wanted."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run's folder and its summary."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+def start(experiment: Experiment, folder: Path, watch: Watch | None = None) -> Finished:
+    """Run ``experiment`` into a new folder.
+
+    Raises:
+        ConfigError: the folder holds a run already, or experiment and data do not fit.
+    """
+    if (folder / ROWS).exists() or (folder / CONFIG).exists():
+        raise ConfigError(f"{folder} holds a run already: go on with --resume, or choose another --out")
+    site = Site.load(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / CONFIG, experiment.dump().encode())
+    write_json(folder / PARTITION, _partition(site))
+    return _launch(site, folder, watch)
+
+
+def resume(folder: Path, watch: Watch | None = None) -> Finished:
+    """Go on with an interrupted run from its last whole checkpoint, or return it if it is finished.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder} holds no run: expected a {CONFIG} in it")
+    experiment = validate(read_yaml(folder / CONFIG))
+    if (folder / SUMMARY).is_file():
+        summary = json.loads((folder / SUMMARY).read_text())
+        if summary.get("status") == "finished":
+            return Finished(folder, summary)
+    return _launch(Site.load(experiment), folder, watch)
+
+
+def _launch(site: Site, folder: Path, watch: Watch | None) -> Finished:
+    """Run on the runner that the experiment names."""
+    kind = site.experiment.runner.kind
+    if site.experiment.runner.threads is not None:
+        torch.set_num_threads(site.experiment.runner.threads)
+    if kind == "flower":
+        if site.method.pools_data:
+            raise ConfigError(
+                f"{site.method.name} pools everybody's records, so that it runs on serial and stacked only"
+            )
+        from fedkd.runners.flower import run_on_flower
+
+        return run_on_flower(site.experiment, folder, lambda runner: play(site, runner, folder, watch))
+    return play(site, LocalRunner(site, make_engine(site, kind)), folder, watch)
+
+
+def play(site: Site, runner: Runner, folder: Path, watch: Watch | None = None) -> Finished:
+    """Run the rounds that are left, keep the folder up to date, and write the summary.
+
+    Ctrl-C (KeyboardInterrupt) leaves a folder that :func:`resume` goes on with, and is raised again.
+    """
+    began = time.perf_counter()
+    rounds = Rounds(site, runner, run=folder.name)
+    progress = _restore(site, runner, folder) or rounds.begin()
+    _cut_rows(folder, progress.state.round)
+    experiment = site.experiment
+
+    def done(progress: Progress, record: dict[str, Any]) -> None:
+        with open(folder / ROWS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        if progress.state.round % experiment.checkpoint.every == 0 or progress.state.round == experiment.rounds:
+            _save(runner, folder, progress, experiment.checkpoint.keep)
+        if watch is not None:
+            watch(record, experiment.rounds)
+
+    before = progress.seconds
+    status = "stopped"
+    try:
+        rounds.play(progress, done)
+        status = "finished"
+        summary = _summary(site, rounds, progress, folder, status, before + time.perf_counter() - began)
+    except KeyboardInterrupt:
+        if progress.state.round:
+            write_json(folder / SUMMARY, _stopped(site, runner, progress, status))
+        raise
+    write_json(folder / SUMMARY, summary)
+    if "student" in progress.state.models:
+        architecture, weights = progress.state.models["student"]
+        note = {
+            "architecture": architecture,
+            "shape": json.dumps(site.shape),
+            "classes": str(site.classes),
+            "class_names": json.dumps(site.federation.split.train.class_names),
+        }
+        write_atomic(folder / STUDENT, pack_tensors(weights, note))
+    return Finished(folder, summary)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+def _save(runner: Runner, folder: Path, progress: Progress, keep: int) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    state = progress.state
+    note: dict[str, Any] = {
+        "round": state.round,
+        "bytes_up": progress.bytes_up,
+        "bytes_down": progress.bytes_down,
+        "seconds": progress.seconds,
+        "asked": state.asked.tolist(),
+        "heard": progress.heard,
+        "models": {},
+        "payloads": {},
+    }
+    for role, (architecture, weights) in state.models.items():
+        note["models"][role] = architecture
+        tensors |= {f"model|{role}|{name}": t for name, t in weights.items()}
+    tensors |= {f"memory|{name}": t for name, t in state.memory.items()}
+    payloads: dict[str, tuple[int, Payload]] = {"knowledge": (state.round, state.knowledge)}
+    payloads |= {f"kept:{client}": item for client, item in progress.answers_kept.items()}
+    payloads |= {f"told:{name}": item for name, item in progress.told.items()}
+    for i, (name, (round, payload)) in enumerate(payloads.items()):
+        note["payloads"][name] = {"round": round, "kinds": outline(payload), "place": i}
+        tensors |= {f"payload|{i}|{n}": t for n, t in payload.tensors().items()}
+    packed = pack_tensors(tensors, {"server": json.dumps(note)})
+    checkpoints = folder / CHECKPOINTS
+    checkpoints.mkdir(exist_ok=True)
+    write_bundle(checkpoints / f"round-{state.round:06d}", {"server.safetensors": packed, **runner.save()})
+    for old in _checkpoints(folder)[keep:]:
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, newest first."""
+    return sorted((folder / CHECKPOINTS).glob("round-[0-9]*"), reverse=True)
+
+
+def _restore(site: Site, runner: Runner, folder: Path) -> Progress | None:
+    """Return the newest whole checkpoint's progress; a damaged one is passed over for the one before."""
+    faults = []
+    for checkpoint in _checkpoints(folder):
+        try:
+            files = read_bundle(checkpoint)
+            data = files["server.safetensors"]
+            note = json.loads(read_metadata(data)["server"])
+            tensors = unpack_tensors(data, str(checkpoint))
+        except (StorageError, KeyError, ValueError) as cause:
+            faults.append(str(cause))
+            continue
+        groups: dict[str, dict[str, torch.Tensor]] = {}
+        memory = {}
+        for name, tensor in tensors.items():
+            section, rest = name.split("|", 1)
+            if section == "memory":
+                memory[rest] = tensor
+            else:
+                place, rest = rest.split("|", 1)
+                groups.setdefault(f"{section}|{place}", {})[rest] = tensor
+        payloads = {
+            name: (int(p["round"]), rebuild(p["kinds"], groups.get(f"payload|{p['place']}", {})))
+            for name, p in note["payloads"].items()
+        }
+        state = ServerState(
+            round=int(note["round"]),
+            models={role: (arch, groups.get(f"model|{role}", {})) for role, arch in note["models"].items()},
+            knowledge=payloads["knowledge"][1],
+            asked=np.asarray(note["asked"], np.int64),
+            memory=memory,
+        )
+        runner.restore(files, state.round - 1)
+        return Progress(
+            state=state,
+            bytes_up=int(note["bytes_up"]),
+            bytes_down=int(note["bytes_down"]),
+            seconds=float(note["seconds"]),
+            answers_kept={int(n[5:]): item for n, item in payloads.items() if n.startswith("kept:")},
+            told={n[5:]: item for n, item in payloads.items() if n.startswith("told:")},
+            heard={int(client): int(round) for client, round in note["heard"].items()},
+        )
+    if faults:
+        raise StorageError("no checkpoint can be read: " + "; ".join(faults))
+    return None
+
+
+def _cut_rows(folder: Path, rounds: int) -> None:
+    """Drop the records of rounds that the checkpoint does not know; they are run again."""
+    path = folder / ROWS
+    if not path.exists():
+        write_atomic(path, b"")
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["round"] >= rounds:
+            break
+        kept.append(line)
+    write_atomic(path, b"".join(kept))
+
+
+# ---- what is told in the end ----------------------------------------------------------------------------------------
+def _partition(site: Site) -> dict[str, Any]:
+    train = site.federation.split.train
+    counts = site.federation.counts
+    names = list(site.federation.client_names) or [f"device {k}" for k in range(len(counts))]
+    if site.method.pools_data:
+        counts, names = counts.sum(0, keepdims=True), ["all devices together"]
+    proxy = site.proxy
+    return {
+        "counts": counts.tolist(),
+        "class_names": [str(n) for n in train.class_names] or [str(c) for c in range(site.classes)],
+        "client_names": names,
+        "architectures": [card.architecture for card in site.cards],
+        "proxy": None
+        if proxy is None
+        else {"name": proxy.name, "identity": proxy.identity, "size": len(proxy), "bytes": proxy.bytes},
+    }
+
+
+def _own_classes(correct: NDArray[np.int64], counts: NDArray[np.int64], totals: NDArray[np.int64]) -> float | None:
+    """Accuracy on the test records of the classes that a device holds."""
+    held = counts > 0
+    return float(correct[held].sum() / totals[held].sum()) if totals[held].sum() else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _stopped(site: Site, runner: Runner, progress: Progress, status: str) -> dict[str, Any]:
+    epsilon = site.mechanism.epsilon
+    return {
+        "schema": SCHEMA,
+        "name": site.experiment.name,
+        "method": site.method.name,
+        "runner": runner.name,
+        "seed": site.experiment.seed,
+        "rounds": site.experiment.rounds,
+        "rounds_completed": progress.state.round,
+        "status": status,
+        "accuracy": dict.fromkeys(("student", "clients_mean", "clients_own_classes_mean", "local_only", "ensemble")),
+        "per_client": [],
+        "bytes_up": progress.bytes_up,
+        "bytes_down": progress.bytes_down,
+        "bytes_proxy": len(site.cards) * site.proxy.bytes if site.proxy is not None else 0,
+        "epsilon": None if np.isinf(epsilon) else epsilon,
+        "delta": None,
+        "seconds": progress.seconds,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "notes": [],
+    }
+
+
+def _summary(
+    site: Site, rounds: Rounds, progress: Progress, folder: Path, status: str, seconds: float
+) -> dict[str, Any]:
+    assert site.test.y is not None
+    totals = np.bincount(site.test.y.numpy(), minlength=site.classes)
+    counts = np.asarray(_partition(site)["counts"])
+    names = _partition(site)["client_names"]
+    seen = rounds.inspect(progress.state)
+    alone = _local_only(site, seen is not None)
+    per_client: list[dict[str, Any]] = []
+    for k, card in enumerate(site.cards):
+        one: dict[str, Any] = {
+            "client": k,
+            "name": names[k],
+            "architecture": card.architecture,
+            "examples": int(counts[k].sum()),
+            "accuracy": None if seen is None else float(seen.correct[k].sum() / totals.sum()),
+            "accuracy_own_classes": None if seen is None else _own_classes(seen.correct[k], counts[k], totals),
+            "local_only": None if alone is None else alone[k],
+        }
+        per_client.append(one)
+    rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+    result = _stopped(site, rounds.runner, progress, status)
+    devices = len(site.cards)
+    result |= {
+        "accuracy": {
+            "student": rows[-1]["student_accuracy"] if rows else None,
+            "clients_mean": _mean([c["accuracy"] for c in per_client]),
+            "clients_own_classes_mean": _mean([c["accuracy_own_classes"] for c in per_client]),
+            "local_only": None if alone is None else _mean(alone),
+            "ensemble": None if seen is None else rounds.ensemble_accuracy(seen),
+        },
+        "per_client": per_client,
+        "bytes_up_per_device": progress.bytes_up / devices,
+        "bytes_down_per_device": (progress.bytes_down + result["bytes_proxy"]) / devices,
+        "seconds": seconds,
+        "notes": _notes(rows),
+    }
+    return result
+
+
+def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = []
+    failed = [row for row in rows if row["failed"]]
+    if failed:
+        notes.append(
+            f"{len(failed)} of {len(rows)} rounds failed, the first in round {failed[0]['round']}: {failed[0]['failed']}"
+        )
+    refused = [q for row in rows for q in row["quarantined"]]
+    if refused:
+        notes.append(f"{len(refused)} answers were quarantined, the first: {refused[0]['message']}")
+    return notes
+
+
+def _local_only(site: Site, wanted: bool) -> list[float | None] | None:
+    """Train every device alone with the same number of steps on its own records, and return its accuracy."""
+    experiment = site.experiment
+    if not wanted or not experiment.evaluation.local_only or site.method.pools_data or site.method.name == "local":
+        return None
+    alone = experiment.model_copy(update={"algorithm": {"name": "local"}, "codec": type(experiment.codec)()})
+    neighbour = Site(alone, site.federation)
+    kind = experiment.runner.kind if experiment.runner.kind != "flower" else "stacked"
+    rounds = Rounds(neighbour, LocalRunner(neighbour, make_engine(neighbour, kind)), run="local")
+    progress = rounds.play(rounds.begin(), lambda progress, record: None)
+    seen = rounds.inspect(progress.state)
+    assert seen is not None
+    return [float(a) for a in seen.correct.sum(1) / len(site.test)]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in ("fedkd", "torch", "numpy", "flwr", "scikit-learn"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Return the revision of the checkout that the library runs from, with ``+`` if it was changed; None outside one."""
+    here = Path(__file__).parent
+    try:
+        if not (here.parent / ".git").exists():
+            return None
+        revision = _git(here, "rev-parse", "HEAD")
+        return revision + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20
+    ).stdout.strip()
+
+
+# ---- sweeps ---------------------------------------------------------------------------------------------------------
+def sweep(
+    points: Sequence[tuple[Mapping[str, Any], Experiment]],
+    folder: Path,
+    announce: Callable[[str, Experiment], Watch | None] | None = None,
+) -> list[Finished]:
+    """Run every point into a folder of its own below ``folder``; points that are finished are not run again.
+
+    Raises:
+        ConfigError: ``folder`` holds something else.
+    """
+    names = [_point_name(overrides) for overrides, _ in points]
+    listing = {
+        "schema": SCHEMA,
+        "name": points[0][1].name,
+        "points": [
+            {"overrides": dict(overrides), "folder": name} for name, (overrides, _) in zip(names, points, strict=True)
+        ],
+    }
+    if (folder / SWEEP).exists():
+        if json.loads((folder / SWEEP).read_text()) != json.loads(json.dumps(listing)):
+            raise ConfigError(f"{folder} holds another sweep: choose another --out")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SWEEP, listing)
+    for name, (_, experiment) in zip(names, points, strict=True):
+        path = folder / name
+        if path.exists():
+            continue
+        path.mkdir()
+        write_atomic(path / CONFIG, experiment.dump().encode())
+    return resume_sweep(folder, announce)
+
+
+def resume_sweep(folder: Path, announce: Callable[[str, Experiment], Watch | None] | None = None) -> list[Finished]:
+    """Go on with a sweep: finished points stay, interrupted ones are resumed, missing ones are run."""
+    listing = json.loads((folder / SWEEP).read_text())
+    finished = []
+    for point in listing["points"]:
+        path = folder / point["folder"]
+        experiment = validate(read_yaml(path / CONFIG))
+        watch = announce(point["folder"], experiment) if announce is not None else None
+        if not (path / PARTITION).is_file():
+            site = Site.load(experiment)
+            write_json(path / PARTITION, _partition(site))
+            finished.append(_launch(site, path, watch))
+        else:
+            finished.append(resume(path, watch))
+    write_sweep_summary(folder)
+    return finished
+
+
+def _point_name(overrides: Mapping[str, Any]) -> str:
+    if not overrides:
+        return "point"
+    text = ",".join(f"{key}={value}" for key, value in overrides.items())
+    return "".join(c if c.isalnum() or c in "=,._-" else "_" for c in text)[:120]
+
+
+def fresh_folder(root: Path, name: str) -> Path:
+    """Return the first of ``root/name``, ``root/name-2``, ... that does not exist."""
+    for i in range(1, 100_000):
+        path = root / (name if i == 1 else f"{name}-{i}")
+        if not path.exists():
+            return path
+    raise FedkdError(f"{root} is full of runs called {name}")
