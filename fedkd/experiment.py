@@ -32,7 +32,7 @@ class OptimizerConfig(Section):
     """A first-order optimiser."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(0.05, gt=0, description="Learning rate.")
+    lr: float = Field(0.1, gt=0, description="Learning rate.")
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum (sgd).")
     nesterov: bool = False
     weight_decay: float = Field(0.0, ge=0)
@@ -44,7 +44,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """One stretch of training: epochs over the records or a number of steps, batch size and optimiser."""
 
-    epochs: int = Field(1, ge=0, description="Passes over the records; 0 switches the stretch off.")
+    epochs: int = Field(5, ge=0, description="Passes over the records; 0 switches the stretch off.")
     steps: int | None = Field(None, ge=0, description="Optimiser steps; replaces epochs where it is given.")
     batch_size: int = Field(32, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -55,7 +55,7 @@ class TrainingConfig(Section):
 class ServerConfig(TrainingConfig):
     """How the server teaches its student."""
 
-    epochs: int = Field(5, ge=0)
+    epochs: int = Field(10, ge=0)
     patience: int | None = Field(
         None, ge=1, description="Stop early after this many steps without a better loss on held-out proxy samples."
     )
@@ -143,7 +143,7 @@ class Experiment(Section):
 
     name: str = Field("digits-dsfl", min_length=1, pattern=r"^[\w.-]+$")
     seed: int = Field(1, ge=0)
-    rounds: int = Field(5, ge=1)
+    rounds: int = Field(10, ge=1)
     dtype: Literal["float32", "float64"] = "float32"
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()

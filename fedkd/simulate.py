@@ -133,11 +133,12 @@ def play(site: Site, runner: Runner, folder: Path, watch: Watch | None = None) -
         architecture, weights = progress.state.models["student"]
         note = {
             "architecture": architecture,
-            "shape": json.dumps(site.shape),
-            "classes": str(site.classes),
-            "class_names": json.dumps(site.federation.split.train.class_names),
+            "shape": site.shape,
+            "classes": site.classes,
+            "class_names": site.federation.split.train.class_names,
         }
-        write_atomic(folder / STUDENT, pack_tensors(weights, note))
+        # One entry, because safetensors writes several in no fixed order.
+        write_atomic(folder / STUDENT, pack_tensors(weights, {"fedkd": json.dumps(note)}))
     return Finished(folder, summary)
 
 

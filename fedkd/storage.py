@@ -70,7 +70,9 @@ def unpack_tensors(data: bytes, where: str) -> dict[str, Tensor]:
         StorageError: the bytes are no safetensors file.
     """
     try:
-        found: dict[str, Tensor] = safetensors.torch.load(data)
+        # Cloned, because the tensors lie unaligned in the file's bytes, and a matrix product over unaligned memory
+        # may round differently: a resumed run would drift from an uninterrupted one.
+        found = {name: t.clone() for name, t in sorted(safetensors.torch.load(data).items())}
     except (SafetensorError, KeyError, ValueError) as cause:
         raise StorageError(f"{where} is no safetensors file: {cause}") from cause
     return found

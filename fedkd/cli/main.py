@@ -23,7 +23,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments before they run.")
 app.add_typer(config_app, name="config")
 
-out = Console()
+out = Console() if sys.stdout.isatty() else Console(width=140)
 err = Console(stderr=True)
 
 Overrides = Annotated[
@@ -55,11 +55,11 @@ def simulate(
     from fedkd.experiment import load
 
     announcer = Announcer(out)
+    folder = resume if resume is not None else Path("runs")
     try:
         if resume is not None:
             if words or runner:
                 raise typer.BadParameter("--resume goes on with what the folder says; it takes no other words")
-            folder = resume
             if (folder / sim.SWEEP).is_file():
                 finished = sim.resume_sweep(folder, announcer)
             else:

@@ -327,4 +327,5 @@ def _stack(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _signature(tensors: Any) -> Hashable:
-    return tuple((name, tuple(t.shape)) for name, t in tensors.items())
+    # Sorted, because a restored state lists its tensors in another order.
+    return tuple(sorted((name, tuple(t.shape)) for name, t in tensors.items()))

@@ -1,0 +1,5 @@
+"""``python -m fedkd``."""
+
+from fedkd.cli.main import main
+
+main()

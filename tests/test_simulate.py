@@ -1,0 +1,207 @@
+"""Runs on disk: resume is exact, interruption is clean, a sweep is a folder of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedkd import simulate
+from fedkd.errors import ConfigError
+from fedkd.experiment import Experiment, load, validate
+from fedkd.report.runfolder import Run, expand
+from fedkd.storage import StorageError
+
+SMALL: dict[str, Any] = {
+    "rounds": 5,
+    "partition": {"clients": 6, "alpha": 0.3},
+    "proxy": {"size": 120},
+    "training": {"epochs": 1, "batch_size": 16},
+    "digest": {"epochs": 1},
+    "server": {"epochs": 1},
+    "evaluation": {"local_only": False},
+}
+
+CASES: dict[str, dict[str, Any]] = {
+    "ds_fl": {"proxy_per_round": 50, "training": {"epochs": 1, "optimizer": {"momentum": 0.9, "persist": True}}},
+    "cfd": {"population": {"participation": 0.6, "dropout": 0.2, "late": 0.2}},
+    "fd": {},
+    "fedmd": {"proxy": {"size": 120, "labelled": True}, "pretrain": {"epochs": 1}},
+    "fedproto": {},
+    "feddf": {"models": {"student": "mlp", "devices": ["mlp", "mlp(hidden=[32])"]}},
+    "fedavg": {"codec": {"up": "float16+delta+deflate"}},
+}
+
+
+class Interrupt:
+    """Stops a run by what Ctrl-C raises, after some rounds."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, record: Mapping[str, Any], rounds: int) -> None:
+        if record["round"] + 1 == self.after:
+            raise KeyboardInterrupt
+
+
+def experiment(method: str, **more: Any) -> Experiment:
+    return validate({**SMALL, **CASES.get(method, {}), "algorithm": method, **more})
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for row in found:
+        row.pop("seconds")
+    return found
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """All that training leaves behind."""
+    last = sorted((folder / "checkpoints").iterdir())[-1]
+    found: dict[str, Any] = {"devices": (last / "devices.safetensors").read_bytes(), "rows": rows(folder)}
+    if (folder / "student.safetensors").exists():
+        found["student"] = (folder / "student.safetensors").read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_resume_gives_bit_for_bit_what_an_uninterrupted_run_gives(method: str, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    simulate.start(experiment(method), whole)
+    with pytest.raises(KeyboardInterrupt):
+        simulate.start(experiment(method), cut, Interrupt(2))
+    assert json.loads((cut / "summary.json").read_text())["status"] == "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        simulate.resume(cut, Interrupt(4))
+    simulate.resume(cut)
+    assert everything(cut) == everything(whole)
+
+
+def test_resume_does_not_depend_on_how_often_it_was_saved(tmp_path: Path) -> None:
+    more = {"checkpoint": {"every": 3}}
+    whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    simulate.start(experiment("ds_fl", **more), whole)
+    with pytest.raises(KeyboardInterrupt):
+        simulate.start(experiment("ds_fl", **more), cut, Interrupt(5 - 1))
+    assert len(rows(cut)) == 4, "round 4 was recorded but not saved"
+    simulate.resume(cut)
+    assert everything(cut) == everything(whole)
+
+
+def test_a_killed_process_resumes_to_the_same_student(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    words = ["rounds=12", "proxy.size=120", "partition.clients=6", "training.epochs=1", "evaluation.local_only=false"]
+    simulate.start(load(None, words)[0][1], whole)
+    command = [sys.executable, "-m", "fedkd", "simulate", *words, "--out", str(cut)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (cut / "checkpoints").is_dir() and len(list((cut / "checkpoints").glob("round-*"))) >= 2:
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(30)
+    simulate.resume(cut)
+    assert (cut / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
+    assert rows(cut) == rows(whole)
+
+
+def test_ctrl_c_on_the_command_line_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "fedkd", "simulate", "rounds=500", "--out", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (folder / "checkpoints").is_dir():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert f"fedkd simulate --resume {folder}" in " ".join(error.split())
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    simulate.start(experiment("ds_fl"), whole)
+    with pytest.raises(KeyboardInterrupt):
+        simulate.start(experiment("ds_fl"), cut, Interrupt(3))
+    checkpoints = sorted((cut / "checkpoints").iterdir())
+    victim = checkpoints[-1] / "server.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    simulate.resume(cut)
+    assert everything(cut) == everything(whole)
+
+
+def test_without_a_whole_checkpoint_the_reason_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        simulate.start(experiment("ds_fl"), folder, Interrupt(2))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "devices.safetensors").write_bytes(b"gone")
+    with pytest.raises(StorageError, match="checksum"):
+        simulate.resume(folder)
+
+
+def test_a_run_folder_is_what_the_documentation_says(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    simulate.start(experiment("ds_fl", evaluation={"clients_every": 2}), folder)
+    run = Run.read(folder)
+    assert len(run.rounds) == 5
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["epsilon"] is None
+    found = rows(folder)
+    assert summary["bytes_up"] == sum(row["bytes_up"] for row in found)
+    assert summary["bytes_down"] == sum(row["bytes_down"] for row in found)
+    proxy = json.loads((folder / "partition.json").read_text())["proxy"]
+    assert summary["bytes_proxy"] == 6 * proxy["bytes"]
+    assert summary["accuracy"]["student"] == found[-1]["student_accuracy"]
+    assert [row["clients_accuracy"] is not None for row in found] == [False, True, False, True, False]
+    assert validate(simulate.read_yaml(folder / "config.yaml")).rounds == 5
+
+
+def test_a_second_run_does_not_overwrite_the_first(tmp_path: Path) -> None:
+    simulate.start(experiment("local", rounds=1), tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        simulate.start(experiment("local", rounds=1), tmp_path / "run")
+
+
+def test_a_sweep_resumes_where_it_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(experiment("ds_fl", rounds=2).dump())
+    points = load(path, ["seed=1,2", "algorithm.temperature=0.1,1"])
+    assert [dict(varying) for varying, _ in points] == [
+        {"algorithm.temperature": t, "seed": s} for t in (0.1, 1) for s in (1, 2)
+    ]
+    folder = tmp_path / "sweep"
+
+    def announce(name: str, _: Experiment) -> Interrupt:
+        return Interrupt(1 if "temperature=1,seed=1" in name else 99)
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate.sweep(points, folder, announce)
+    done = simulate.resume_sweep(folder)
+    assert [f.summary["seed"] for f in done] == [1, 2, 1, 2]
+    straight = simulate.start(points[2][1], tmp_path / "algorithm.temperature=1,seed=1")
+    assert everything(done[2].folder) == everything(straight.folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["points"]) == 2 and summary["points"][0]["seeds"] == [1, 2]
+    assert len(expand([folder])) == 4
+
+
+def test_local_only_is_what_the_local_method_gives(tmp_path: Path) -> None:
+    """The baseline beside every run is the method ``local`` with the same settings, not a shortcut."""
+    beside = simulate.start(experiment("ds_fl", evaluation={}), tmp_path / "a").summary
+    alone = simulate.start(experiment("local", evaluation={}), tmp_path / "b").summary
+    # ds_fl holds out a proxy set, so that the devices of `local` must be given the same records.
+    assert beside["accuracy"]["local_only"] is not None and alone["accuracy"]["local_only"] is None
+    assert [c["local_only"] for c in beside["per_client"]] != [c["accuracy"] for c in beside["per_client"]]
