@@ -150,7 +150,7 @@ class Experiment(Section):
     proxy: ProxyConfig | None = ProxyConfig()
     proxy_per_round: int | None = Field(None, ge=1, description="Proxy samples asked in a round; null asks for all.")
     models: ModelsConfig = ModelsConfig()
-    algorithm: dict[str, Any] = Field(default_factory=lambda: {"name": "ds_fl"})
+    algorithm: dict[str, Any] = Field(default_factory=lambda: catalogue.resolve(catalogue.DEFAULT))
     training: TrainingConfig = Field(TrainingConfig(), description="A device on its own records.")
     digest: TrainingConfig = Field(TrainingConfig(), description="A device on the teacher's answers.")
     pretrain: PretrainConfig = PretrainConfig()

@@ -125,9 +125,7 @@ def test_flags() -> None:
 
 
 def test_each_part_of_a_bundle_keeps_its_own_classes() -> None:
-    contract = Contract.bundle(
-        {"a": Contract.of(Votes, {"N": 1, "C": 3}), "b": Contract.of(Votes, {"N": 1, "C": 9})}
-    )
+    contract = Contract.bundle({"a": Contract.of(Votes, {"N": 1, "C": 3}), "b": Contract.of(Votes, {"N": 1, "C": 9})})
     five = Votes(votes=torch.tensor([5]))
     with pytest.raises(PayloadError, match="a/votes") as caught:
         contract.check_values(Bundle(parts={"a": five, "b": five}))
@@ -153,9 +151,7 @@ def test_contracts_that_cannot_be_made() -> None:
 
 
 def test_like_accepts_what_it_was_made_from() -> None:
-    bundle = Bundle(
-        parts={"y": soft(), "v": Votes(votes=torch.tensor([0, 4])), "n": Bundle(parts={"x": Nothing()})}
-    )
+    bundle = Bundle(parts={"y": soft(), "v": Votes(votes=torch.tensor([0, 4])), "n": Bundle(parts={"x": Nothing()})})
     contract = Contract.like(bundle)
     assert payload_equal(contract.check_values(bundle), bundle)
     assert contract.parts["v"].classes == 5

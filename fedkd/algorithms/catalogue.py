@@ -27,6 +27,9 @@ METHODS: Mapping[str, str] = {
 }
 
 
+DEFAULT = "ds_fl"
+
+
 def method_class(name: str) -> type[Algorithm]:
     """Return the class of a registered method or of ``package.module:Class``.
 
@@ -55,8 +58,10 @@ def resolve(value: Any) -> dict[str, Any]:
         ConfigError: unknown method or parameter (with the nearest known one), or a value of the wrong type.
     """
     section = {"name": value} if isinstance(value, str) else value
-    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
-        raise ConfigError("algorithm: expected a method's name, or a section with `name:` and its parameters")
+    if isinstance(section, dict):
+        section = {"name": DEFAULT, **section}
+    if not isinstance(section, dict) or not isinstance(section["name"], str):
+        raise ConfigError("expected a method's name, or a section with `name:` and its parameters")
     return {"name": section["name"], **dataclasses.asdict(build(section))}
 
 

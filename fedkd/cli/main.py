@@ -191,9 +191,10 @@ def config_show(words: Overrides = None) -> None:
 
 def main() -> None:
     """Run the command line."""
-    warnings.showwarning = _warn
     try:
-        app(standalone_mode=True)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            app(standalone_mode=True)
     except FedkdError as cause:
         err.print(f"[red]error:[/red] {_plain(str(cause))}", highlight=False, soft_wrap=True)
         sys.exit(2)

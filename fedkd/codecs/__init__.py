@@ -67,13 +67,9 @@ def codec(spec: str) -> Codec:
     if numbers is None and colon:
         raise ConfigError(f"codec {spec!r}: {name} takes no number")
     # Plain digits only: every codec has one spelling, because both ends compare the text.
-    if numbers is not None and (
-        not number.isascii() or str(_int(number)) != number or _int(number) not in numbers
-    ):
+    if numbers is not None and (not number.isascii() or str(_int(number)) != number or _int(number) not in numbers):
         example = f"{name}:{numbers.start}"
-        raise ConfigError(
-            f"codec {spec!r}: {name} needs a number of {numbers.start} to {numbers[-1]}, like {example}"
-        )
+        raise ConfigError(f"codec {spec!r}: {name} needs a number of {numbers.start} to {numbers[-1]}, like {example}")
     real, simplex = make(_int(number))
 
     has_delta = bool(links) and links[0] == "delta"
@@ -103,6 +99,4 @@ def _int(text: str) -> int:
 def _unknown(name: str, known: object) -> str:
     names = sorted(known)  # type: ignore[call-overload]
     close = difflib.get_close_matches(name, names, n=1)
-    return f"unknown link {name!r}" + (
-        f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
-    )
+    return f"unknown link {name!r}" + (f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}")

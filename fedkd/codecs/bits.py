@@ -46,9 +46,5 @@ def unpack(stream: Stream, data: memoryview | bytes) -> Symbols:
 
 def check_alphabet(stream: Stream, symbols: Symbols) -> None:
     """Raise PayloadError ``body`` for a symbol at or above the alphabet."""
-    if (
-        symbols.size
-        and stream.alphabet != 1 << (8 * stream.dtype.itemsize)
-        and symbols.max() >= stream.alphabet
-    ):
+    if symbols.size and stream.alphabet != 1 << (8 * stream.dtype.itemsize) and symbols.max() >= stream.alphabet:
         raise PayloadError("body", f"symbol {int(symbols.max())}, expected below {stream.alphabet}")

@@ -112,9 +112,7 @@ class Chain(Codec):
                 ]
         pairs = [pair for item, parts in coded for pair in zip(item.streams, parts, strict=True)]
         body = [pack(*pair) for pair in pairs] if self._squeezer is None else self._squeezer.squeeze(pairs)
-        return wire.write(
-            envelope, self._table(payload, [item for item, _ in coded]), body, has_delta, fingerprint
-        )
+        return wire.write(envelope, self._table(payload, [item for item, _ in coded]), body, has_delta, fingerprint)
 
     def decode(
         self,
@@ -131,12 +129,8 @@ class Chain(Codec):
             return self._decode(data, contract, reference, expected, max_bytes)
         except PayloadError:
             raise
-        except (
-            Exception
-        ) as error:  # a server must outlive what its author did not foresee; tests demand it never runs
-            raise PayloadError(
-                "malformed", f"{type(error).__name__} while decoding: {str(error)[:200]}"
-            ) from error
+        except Exception as error:  # a server must outlive what its author did not foresee; tests demand it never runs
+            raise PayloadError("malformed", f"{type(error).__name__} while decoding: {str(error)[:200]}") from error
 
     def _decode(
         self,
@@ -153,9 +147,7 @@ class Chain(Codec):
         if plan is None or plan.contract is not contract:
             plan = self._plan(head.table, contract, max_bytes)
         if self._squeezer is None and len(head.body) != plan.packed_bytes:
-            raise PayloadError(
-                "length", f"expected a body of {plan.packed_bytes} bytes, got {len(head.body)}"
-            )
+            raise PayloadError("length", f"expected a body of {plan.packed_bytes} bytes, got {len(head.body)}")
         if expected is not None:
             head.envelope.check_proxy(expected)
         old = self._held(head, reference, plan) if head.delta else None
@@ -176,9 +168,7 @@ class Chain(Codec):
         return contract.check_values(contract.build(tensors)), head.envelope
 
     def roundtrip(self, payload: Payload, reference: Payload | None = None) -> Payload:
-        tensors = {
-            item.name: item.coder.from_symbols(item.name, x, item.shape) for item, x in self._symbols(payload)
-        }
+        tensors = {item.name: item.coder.from_symbols(item.name, x, item.shape) for item, x in self._symbols(payload)}
         contract = Contract.like(payload)
         # from_symbols may hand out views of the sender's own memory; the reference must not change under it.
         return contract.check_values(contract.build({name: t.clone() for name, t in tensors.items()}))
@@ -217,9 +207,7 @@ class Chain(Codec):
             raise PayloadError("reference", "a delta against a message that is not held; ask for the whole")
         old = _symbols_of(reference, plan.items)
         if old is None or delta.fingerprint(x for parts in old for x in parts) != head.fingerprint:
-            raise PayloadError(
-                "reference", "a delta against another message than the one held; ask for the whole"
-            )
+            raise PayloadError("reference", "a delta against another message than the one held; ask for the whole")
         return old
 
     def _table(self, payload: Payload, items: Sequence[_Item]) -> bytes:
@@ -256,9 +244,7 @@ class Chain(Codec):
                     size *= length
                 free_bytes += size
         if free_bytes > max_bytes:
-            raise PayloadError(
-                "size", f"tensors of free size would take {free_bytes} bytes, at most {max_bytes}"
-            )
+            raise PayloadError("size", f"tensors of free size would take {free_bytes} bytes, at most {max_bytes}")
         plan = _Plan(contract, tuple(items), sum(s.packed_bytes for item in items for s in item.streams))
         # Only what a contract let through is kept, and little of it: a stranger cannot fill the memory.
         if len(self._plans) >= _PLANS_KEPT:
@@ -273,14 +259,10 @@ class Chain(Codec):
             for size, coder in _LABELS.items():
                 if size <= widest and coder.wire == entry.wire:
                     return coder
-            raise PayloadError(
-                "dtype", f"{entry.name}: expected labels of up to {widest} bytes, got {entry.wire!r}"
-            )
+            raise PayloadError("dtype", f"{entry.name}: expected labels of up to {widest} bytes, got {entry.wire!r}")
         coder_ = self._coders[kind]
         if coder_.wire != entry.wire:
-            raise PayloadError(
-                "dtype", f"{entry.name}: expected wire type {coder_.wire}, got {entry.wire[:60]!r}"
-            )
+            raise PayloadError("dtype", f"{entry.name}: expected wire type {coder_.wire}, got {entry.wire[:60]!r}")
         return coder_
 
 
@@ -306,9 +288,7 @@ def _ranges(payload: Payload) -> Mapping[str, Range]:
     if isinstance(payload, Weights):
         return {name: range_of(value) for name, value in payload.values.items()}
     if isinstance(payload, Bundle):
-        return {
-            f"{role}/{name}": r for role, part in payload.parts.items() for name, r in _ranges(part).items()
-        }
+        return {f"{role}/{name}": r for role, part in payload.parts.items() for name, r in _ranges(part).items()}
     return {name: spec.range for name, spec in payload.fields.items()}
 
 

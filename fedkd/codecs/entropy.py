@@ -37,9 +37,7 @@ class Entropy(Squeezer):
 
     def squeeze(self, streams: Sequence[tuple[Stream, Symbols]]) -> bytes:
         return b"".join(
-            _squeeze_block(plane, part)
-            for stream, symbols in streams
-            for plane, part in _cut(stream, symbols)
+            _squeeze_block(plane, part) for stream, symbols in streams for plane, part in _cut(stream, symbols)
         )
 
     def expand(self, body: memoryview, streams: Sequence[Stream]) -> list[Symbols]:
@@ -154,9 +152,7 @@ def _expand_coded(stream: Stream, reader: _Reader) -> Symbols:
     shares = np.frombuffer(reader.take(2 * len(present)), "<u2").astype(np.int64)
     if shares.min() < 1 or shares.sum() != _TOTAL:
         raise PayloadError("body", f"entropy model: shares must be positive and sum to {_TOTAL}")
-    words = (
-        np.frombuffer(reader.take(4 * length), "<u4").astype(np.uint32) if length else np.zeros(0, np.uint32)
-    )
+    words = np.frombuffer(reader.take(4 * length), "<u4").astype(np.uint32) if length else np.zeros(0, np.uint32)
     try:
         ranks = _decoder(words).decode(_model(shares), stream.count)
     except (AssertionError, ValueError) as error:

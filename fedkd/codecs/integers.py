@@ -35,9 +35,7 @@ class LabelCoder(Coder):
             raise PayloadError("label", f"{name}: expected integer labels, got {value.dtype}")
         flat = value.detach().cpu().numpy().reshape(-1)
         if flat.size and flat.min() < 0:
-            raise PayloadError(
-                "range", f"{name}: {int(flat.min())} is negative, expected labels of at least 0"
-            )
+            raise PayloadError("range", f"{name}: {int(flat.min())} is negative, expected labels of at least 0")
         return (flat.astype(f"<u{self.size}"),)
 
     def from_symbols(self, name: str, symbols: Sequence[Symbols], shape: tuple[int, ...]) -> Tensor:

@@ -43,9 +43,7 @@ def probabilities(name: str, value: Tensor) -> NDArray[np.float64]:
     if low < 0:
         raise PayloadError("range", f"{name}: {low:.4g} is negative, expected probabilities")
     if np.abs(total - 1).max() > 1e-2:
-        raise PayloadError(
-            "simplex", f"{name}: a row sums to {total.flat[np.abs(total - 1).argmax()]:.4g}, expected 1"
-        )
+        raise PayloadError("simplex", f"{name}: a row sums to {total.flat[np.abs(total - 1).argmax()]:.4g}, expected 1")
     normal: NDArray[np.float64] = rows / total
     return normal
 

@@ -86,9 +86,7 @@ def write(
     texts = [text.encode() for text in (envelope.run, envelope.proxy, envelope.ids)]
     parts = [body] if isinstance(body, bytes) else body
     try:
-        fixed = _ENVELOPE.pack(
-            envelope.round, envelope.sender, envelope.examples, fingerprint, *map(len, texts)
-        )
+        fixed = _ENVELOPE.pack(envelope.round, envelope.sender, envelope.examples, fingerprint, *map(len, texts))
         header = sum(map(len, texts)) + len(fixed) + len(table)
         prefix = PREFIX.pack(MAGIC, VERSION, DELTA if delta else 0, 0, header, sum(map(len, parts)))
     except struct.error as error:
@@ -110,9 +108,7 @@ def write_table(table: Table) -> bytes:
             name = entry.name.encode()
             parts += [struct.pack("<H", len(name)), name, _short(entry.wire)]
             if len(entry.shape) > MAX_DIMENSIONS:
-                raise PayloadError(
-                    "header", f"{entry.name}: {len(entry.shape)} dimensions, at most {MAX_DIMENSIONS}"
-                )
+                raise PayloadError("header", f"{entry.name}: {len(entry.shape)} dimensions, at most {MAX_DIMENSIONS}")
             parts.append(struct.pack(f"<B{len(entry.shape)}I", len(entry.shape), *entry.shape))
     except struct.error as error:
         raise PayloadError("header", f"a name or a size does not fit the header: {error}") from None
@@ -136,9 +132,7 @@ def read_head(data: bytes) -> Head:
     if version != VERSION:
         raise PayloadError("version", f"wire version {version}, this release reads {VERSION}")
     if flags & ~DELTA or zero or header > MAX_HEADER_BYTES or header < _ENVELOPE.size:
-        raise PayloadError(
-            "header", f"flags {flags:#x} or header length {header} are not those of version {VERSION}"
-        )
+        raise PayloadError("header", f"flags {flags:#x} or header length {header} are not those of version {VERSION}")
     if len(data) != PREFIX.size + header + body:
         have = len(data) - PREFIX.size
         raise PayloadError("length", f"expected {header} + {body} bytes behind the prefix, got {have}")

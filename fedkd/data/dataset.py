@@ -40,15 +40,11 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if self.x.dtype not in (np.dtype(np.uint8), np.dtype(np.float32)):
-            raise DataError(
-                f"{self.name}: inputs must be uint8 or float32, but {self.x.dtype} came: convert them"
-            )
+            raise DataError(f"{self.name}: inputs must be uint8 or float32, but {self.x.dtype} came: convert them")
         if self.y.dtype != np.dtype(np.int64) or self.y.ndim != 1:
             raise DataError(f"{self.name}: labels must be int64 [N], but {self.y.dtype} {self.y.shape} came")
         if len(self.x) != len(self.y):
-            raise DataError(
-                f"{self.name}: {len(self.x)} inputs but {len(self.y)} labels came: one label per input"
-            )
+            raise DataError(f"{self.name}: {len(self.x)} inputs but {len(self.y)} labels came: one label per input")
         if len(self.y) and (self.y.min() < 0 or self.y.max() >= self.classes):
             raise DataError(
                 f"{self.name}: labels must lie in 0..{self.classes - 1}, but {self.y.min()}..{self.y.max()} "
@@ -91,9 +87,7 @@ class Dataset:
         What a real device calls on its own data; `standardise` calls it for every device of a simulation.
         """
         if self.x.dtype == np.uint8:
-            raise DataError(
-                f"{self.name}: images are scaled by public constants, so fit_private takes tables only"
-            )
+            raise DataError(f"{self.name}: images are scaled by public constants, so fit_private takes tables only")
         chosen = self.x if index is None else self.x[index]
         return Standardiser.fit(chosen, self.scaling)
 

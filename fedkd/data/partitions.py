@@ -54,9 +54,7 @@ def partition(
     """
     y = np.asarray(y, np.int64)
     if y.ndim != 1 or (len(y) and (int(y.min()) < 0 or int(y.max()) >= classes)):
-        raise DataError(
-            f"a partition needs labels [N] in 0..{classes - 1}, but other values came: check the labels"
-        )
+        raise DataError(f"a partition needs labels [N] in 0..{classes - 1}, but other values came: check the labels")
     if config.clients is not None and config.clients < 1:
         raise ConfigError(
             f"partition.clients must be at least 1, but {config.clients} came: a federation needs devices"
@@ -77,8 +75,7 @@ def partition(
     nobody = np.flatnonzero(describe(parts, y, classes).sum(axis=0) == 0)
     if len(nobody):
         warnings.warn(
-            f"no device holds a record of class {', '.join(map(str, nobody))}: the student can learn it from "
-            "nobody",
+            f"no device holds a record of class {', '.join(map(str, nobody))}: the student can learn it from nobody",
             DataWarning,
             stacklevel=2,
         )
@@ -223,9 +220,7 @@ def _shots(
     return parts
 
 
-def _natural(
-    config: PartitionConfig, natural: NDArray[np.int64] | None, rng: np.random.Generator
-) -> list[Indices]:
+def _natural(config: PartitionConfig, natural: NDArray[np.int64] | None, rng: np.random.Generator) -> list[Indices]:
     if natural is None:
         raise DataError(
             "partition.kind `natural` needs records that name their client, but this source has none: set "
@@ -244,9 +239,7 @@ def _natural(
     return [np.flatnonzero(natural == number) for number in present]
 
 
-_KINDS: dict[
-    str, Callable[[PartitionConfig, NDArray[np.int64], int, int, np.random.Generator], list[Indices]]
-] = {
+_KINDS: dict[str, Callable[[PartitionConfig, NDArray[np.int64], int, int, np.random.Generator], list[Indices]]] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
     "shards": _shards,

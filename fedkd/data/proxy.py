@@ -54,9 +54,7 @@ def encode_inputs(x: NDArray[np.generic], y: NDArray[np.int64] | None = None) ->
     return _MAGIC + struct.pack("<I", len(header)) + header + body
 
 
-def decode_inputs(
-    blob: bytes, cap_bytes: int = 1 << 32
-) -> tuple[NDArray[np.generic], NDArray[np.int64] | None]:
+def decode_inputs(blob: bytes, cap_bytes: int = 1 << 32) -> tuple[NDArray[np.generic], NDArray[np.int64] | None]:
     """Inverse of `encode_inputs` for bytes from a network: nothing is reserved beyond what the header claims,
     nor beyond `cap_bytes` once unpacked. Raises DataError for anything that `encode_inputs` would not
     write."""
@@ -95,9 +93,7 @@ def decode_inputs(
             if y.dtype != np.int64 or y.shape != x.shape[:1]:
                 raise ValueError(f"its labels {y.dtype} {y.shape} do not fit its inputs {x.shape}")
     except (ValueError, TypeError, struct.error, zlib.error, RecursionError) as error:
-        raise DataError(
-            f"the bytes are no proxy set of fedkd ({error}): fetch it from the server again"
-        ) from error
+        raise DataError(f"the bytes are no proxy set of fedkd ({error}): fetch it from the server again") from error
     return x, y
 
 
@@ -174,8 +170,7 @@ def build_proxy(config: ProxyConfig, split: Split, seed: int) -> tuple[Split, Pr
         other = _other(config, train, seed)
         if config.size > len(other):
             raise DataError(
-                f"proxy.size is {config.size}, but the public source {other.name} has {len(other)} records: "
-                "lower it"
+                f"proxy.size is {config.size}, but the public source {other.name} has {len(other)} records: lower it"
             )
         chosen = other.select(np.sort(rng.choice(len(other), size=config.size, replace=False)))
         x, y = chosen.x, chosen.y
@@ -188,9 +183,7 @@ def build_proxy(config: ProxyConfig, split: Split, seed: int) -> tuple[Split, Pr
     proxy = ProxySet(x, y if config.labelled else None, config.kind, split.train.scaling, private)
     lacks = x.dtype != np.uint8 and proxy.scaling is None and not private and bool(np.isnan(x).any())
     if lacks:
-        raise DataError(
-            "the proxy set has missing values, which unscaled inputs cannot hold: set data.normalise"
-        )
+        raise DataError("the proxy set has missing values, which unscaled inputs cannot hold: set data.normalise")
     return replace(split, train=train), proxy
 
 

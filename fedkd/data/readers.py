@@ -99,25 +99,19 @@ def read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
                 )
             sizes = stream.read(4 * dims)
             if len(sizes) != 4 * dims:
-                raise DataError(
-                    f"{path}: the IDX header ends after {4 + len(sizes)} bytes: fetch the file again"
-                )
+                raise DataError(f"{path}: the IDX header ends after {4 + len(sizes)} bytes: fetch the file again")
             shape = struct.unpack(f">{dims}I", sizes)
             wanted = 1
             for size in shape:  # Python integers: a product of four uint32 must not wrap around
                 wanted *= size
             if wanted > MAX_IDX_BYTES:
-                raise DataError(
-                    f"{path}: the IDX header claims {wanted} bytes ({shape}): the file is corrupt"
-                )
+                raise DataError(f"{path}: the IDX header claims {wanted} bytes ({shape}): the file is corrupt")
             body = stream.read(wanted + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read as an IDX file ({error}): fetch it again") from error
     if len(body) != wanted:
         came = f"only {len(body)}" if len(body) < wanted else "more"
-        raise DataError(
-            f"{path}: the IDX header {shape} promises {wanted} bytes, but {came} came: fetch it again"
-        )
+        raise DataError(f"{path}: the IDX header {shape} promises {wanted} bytes, but {came} came: fetch it again")
     return np.frombuffer(body, np.uint8).reshape(shape).copy()
 
 
@@ -126,13 +120,9 @@ def read_idx_pair(images: Path, labels: Path, classes: int) -> Part:
     "differ."""
     x, y = read_idx(images, 3), read_idx(labels, 1)
     if len(x) != len(y):
-        raise DataError(
-            f"{images} holds {len(x)} images but {labels} holds {len(y)} labels: they are not of one set"
-        )
+        raise DataError(f"{images} holds {len(x)} images but {labels} holds {len(y)} labels: they are not of one set")
     if len(y) and int(y.max()) >= classes:
-        raise DataError(
-            f"{labels}: labels must be 0..{classes - 1}, but {int(y.max())} came: the file is corrupt"
-        )
+        raise DataError(f"{labels}: labels must be 0..{classes - 1}, but {int(y.max())} came: the file is corrupt")
     return Part(x[:, None], y.astype(np.int64))
 
 
@@ -181,18 +171,14 @@ def _cifar_part(blobs: Sequence[tuple[str, bytes]]) -> Part:
     records = np.frombuffer(b"".join(blob for _, blob in blobs), np.uint8).reshape(-1, _CIFAR_RECORD_BYTES)
     y = records[:, 0].astype(np.int64)
     if int(y.max()) > 9:
-        raise DataError(
-            f"{blobs[0][0]}: CIFAR-10 labels are 0..9, but {int(y.max())} came: the file is corrupt"
-        )
+        raise DataError(f"{blobs[0][0]}: CIFAR-10 labels are 0..9, but {int(y.max())} came: the file is corrupt")
     return Part(records[:, 1:].reshape(-1, 3, 32, 32).copy(), y)
 
 
 def read_cifar10(config: DataConfig) -> Records:
     """CIFAR-10's binary version, as the folder cifar-10-batches-bin or its tar.gz; never the pickled one."""
     place = locate(config.path, "cifar10")
-    folder = next(
-        (path for path in (place / _CIFAR_FOLDER, place) if (path / _CIFAR_TEST[0]).is_file()), None
-    )
+    folder = next((path for path in (place / _CIFAR_FOLDER, place) if (path / _CIFAR_TEST[0]).is_file()), None)
     if folder is not None:
         absent = [name for name in _CIFAR_TRAIN if not (folder / name).is_file()]
         if absent:
@@ -241,9 +227,7 @@ def _read_cifar_archive(archive: Path) -> Records:
     absent = [name for name in (*_CIFAR_TRAIN, *_CIFAR_TEST) if name not in blobs]
     if absent:
         raise DataError(f"{archive} lacks {', '.join(absent)}: it must be CIFAR-10's binary version")
-    train, test = (
-        _cifar_part([(name, blobs[name]) for name in names]) for names in (_CIFAR_TRAIN, _CIFAR_TEST)
-    )
+    train, test = (_cifar_part([(name, blobs[name]) for name in names]) for names in (_CIFAR_TRAIN, _CIFAR_TEST))
     return Records("cifar10", train, 10, test, _CIFAR_NAMES)
 
 
@@ -254,16 +238,12 @@ def _npz_inputs(x: NDArray[np.generic], path: Path, channels_last: bool) -> NDAr
     if x.ndim < 2:
         raise DataError(f"{path}: x must be [N, ...] with at least one feature, but its shape is {x.shape}")
     if x.dtype.kind not in "biuf":
-        raise DataError(
-            f"{path}: x must hold numbers, but its type is {x.dtype}: convert it to uint8 or float32"
-        )
+        raise DataError(f"{path}: x must hold numbers, but its type is {x.dtype}: convert it to uint8 or float32")
     if x.dtype == np.uint8 and x.ndim == 3:
         x = x[:, None]
     elif channels_last:
         if x.ndim != 4:
-            raise ConfigError(
-                f"{path}: data.channels_last needs x as [N, height, width, channels], but {x.shape} came"
-            )
+            raise ConfigError(f"{path}: data.channels_last needs x as [N, height, width, channels], but {x.shape} came")
         x = np.moveaxis(x, 3, 1)
     # A uint8 table is a table of small whole numbers, not of pixels.
     if x.dtype != np.uint8 or x.ndim != 4:
@@ -300,9 +280,7 @@ def read_npz(config: DataConfig) -> Records:
     for name in ("", "_test") if with_test else ("",):
         x, y = arrays[f"x{name}"], arrays[f"y{name}"]
         if y.ndim != 1 or x.ndim < 1 or len(x) != len(y):
-            raise DataError(
-                f"{path}: y{name} must be [N] for x{name} [N, ...], but {y.shape} and {x.shape} came"
-            )
+            raise DataError(f"{path}: y{name} must be [N] for x{name} [N, ...], but {y.shape} and {x.shape} came")
         client = arrays.get(f"client{name}")
         if client is not None and client.shape != y.shape:
             raise DataError(f"{path}: client{name} must be [{len(y)}] as y{name}, but {client.shape} came")
@@ -355,9 +333,7 @@ def frame_to_records(frames: list[Any], config: DataConfig, name: str) -> Record
             )
     for column in (*config.features, *config.drop, *config.one_hot):
         if column not in columns:
-            raise ConfigError(
-                f"{name}: column `{column}` is not in the table, whose columns are {', '.join(columns)}"
-            )
+            raise ConfigError(f"{name}: column `{column}` is not in the table, whose columns are {', '.join(columns)}")
     special = {config.label, config.client, *config.drop}
     features = list(config.features) or [column for column in columns if column not in special]
     if config.label in features or config.client in features:
@@ -365,9 +341,7 @@ def frame_to_records(frames: list[Any], config: DataConfig, name: str) -> Record
     for other in frames[1:]:
         absent = [column for column in (*features, config.label) if column not in other.columns]
         if absent:
-            raise DataError(
-                f"{name}: the test table lacks the columns {', '.join(absent)} of the train table"
-            )
+            raise DataError(f"{name}: the test table lacks the columns {', '.join(absent)} of the train table")
     if not features or any(len(frame) == 0 for frame in frames):
         raise DataError(f"{name}: a table needs at least one record and one feature column besides the label")
 
@@ -413,9 +387,7 @@ def _frame_features(
                     f"{list(one_hot[feature])}: add it"
                 )
             # A missing value becomes all zeros: no category is claimed.
-            columns += [
-                (texts == value).fillna(False).to_numpy(dtype=np.float32) for value in one_hot[feature]
-            ]
+            columns += [(texts == value).fillna(False).to_numpy(dtype=np.float32) for value in one_hot[feature]]
             continue
         try:
             columns.append(values.to_numpy(dtype=np.float32, na_value=np.nan))
@@ -463,9 +435,7 @@ def read_heart_disease(config: DataConfig) -> Records:
     for client, hospital in enumerate(HEART_HOSPITALS):
         path = folder / f"processed.{hospital}.data"
         if not path.is_file():
-            raise DataError(
-                f"source `heart_disease` needs {path}, which is not there: set data.path or FEDKD_DATA"
-            )
+            raise DataError(f"source `heart_disease` needs {path}, which is not there: set data.path or FEDKD_DATA")
         rows = []
         for number, line in enumerate(path.read_text(encoding="latin-1").splitlines(), start=1):
             if not line.strip():
@@ -474,13 +444,9 @@ def read_heart_disease(config: DataConfig) -> Records:
             try:
                 row = [np.nan if cell == "?" else float(cell) for cell in cells]
             except ValueError as error:
-                raise DataError(
-                    f"{path}, line {number}: every value must be a number or `?` ({error})"
-                ) from error
+                raise DataError(f"{path}, line {number}: every value must be a number or `?` ({error})") from error
             if len(row) != len(HEART_FEATURES) + 1 or np.isnan(row[-1]):
-                raise DataError(
-                    f"{path}, line {number}: 13 attributes and a diagnosis are needed, but `{line}` came"
-                )
+                raise DataError(f"{path}, line {number}: 13 attributes and a diagnosis are needed, but `{line}` came")
             rows.append(row)
         if not rows:
             raise DataError(f"{path} holds no records: fetch it again")
@@ -530,23 +496,17 @@ def read_images(config: DataConfig) -> Records:
         raise need_extra("pillow", "images", "source `images`") from error
     folder = required(config.path, "images")
     if not folder.is_dir():
-        raise DataError(
-            f"source `images` needs a folder of class folders, but {folder} is a file: set data.path"
-        )
+        raise DataError(f"source `images` needs a folder of class folders, but {folder} is a file: set data.path")
     apart = (folder / "train").is_dir() and (folder / "test").is_dir()
     roots = [folder / "train", folder / "test"] if apart else [folder]
     names = config.class_names or tuple(
-        sorted(
-            {path.name for root in roots for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
-        )
+        sorted({path.name for root in roots for path in root.iterdir() if path.is_dir() and path.name[0] != "."})
     )
     parts = []
     for root in roots:
         unknown = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name not in names)
         if config.class_names and unknown:
-            raise DataError(
-                f"{root}: the class folder `{unknown[0]}` is not among data.class_names: add or remove it"
-            )
+            raise DataError(f"{root}: the class folder `{unknown[0]}` is not among data.class_names: add or remove it")
         files = [
             (number, path)
             for number, name in enumerate(names)
@@ -554,18 +514,14 @@ def read_images(config: DataConfig) -> Records:
             if path.suffix.lower() in IMAGE_ENDINGS
         ]
         if not files:
-            raise DataError(
-                f"{root} holds no images as <class>/<name>{'|'.join(IMAGE_ENDINGS)}: set data.path"
-            )
+            raise DataError(f"{root} holds no images as <class>/<name>{'|'.join(IMAGE_ENDINGS)}: set data.path")
         images = []
         for _, path in files:
             try:
                 with Image.open(path) as image:
                     images.append(_pixels(image, config))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise DataError(
-                    f"{path} cannot be read as an image ({error}): repair or remove it"
-                ) from error
+                raise DataError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
         x = _stack(images, [str(path) for _, path in files])
         parts.append(Part(x, np.array([number for number, _ in files], np.int64)))
     if apart and parts[0].x.shape[1:] != parts[1].x.shape[1:]:
@@ -627,9 +583,7 @@ def read_hub(config: DataConfig, opener: Callable[[DataConfig], OpenSplit] = _op
     for name in (train_name, *([test_name] if test_name else [])):
         try:
             splits.append(open_split(name))
-        except (
-            Exception
-        ) as error:  # the hub's client raises many types, and all mean that the split is not to be had
+        except Exception as error:  # the hub's client raises many types, and all mean that the split is not to be had
             hint = "check data.hub and data.hub_splits" if config.download else "set data.download to true"
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"split `{name}` of `{config.hub}` is not to be had ({first}): {hint}") from error
@@ -643,17 +597,13 @@ def read_hub(config: DataConfig, opener: Callable[[DataConfig], OpenSplit] = _op
     columns = list(splits[0].column_names)
     for role, column in (("hub_input", config.hub_input), ("label", config.label), ("client", config.client)):
         if column is not None and column not in columns:
-            raise ConfigError(
-                f"{name}: the data.{role} column `{column}` is not among {', '.join(columns)}: name one"
-            )
+            raise ConfigError(f"{name}: the data.{role} column `{column}` is not among {', '.join(columns)}: name one")
     xs, raw = [], []
     for split in splits:
         images = []
         for number, image in enumerate(split[config.hub_input]):
             if not hasattr(image, "convert"):
-                raise DataError(
-                    f"{name}: record {number} of `{config.hub_input}` is no image: set data.hub_input"
-                )
+                raise DataError(f"{name}: record {number} of `{config.hub_input}` is no image: set data.hub_input")
             images.append(_pixels(image, config))
         if not images:
             raise DataError(f"{name}: a split has no records: check data.hub_splits")
@@ -670,9 +620,7 @@ def read_hub(config: DataConfig, opener: Callable[[DataConfig], OpenSplit] = _op
     naturals: list[NDArray[np.int64] | None] = [None, None]
     client_names: tuple[str, ...] = ()
     if config.client is not None:
-        values = [
-            np.array(list(s[config.client]), dtype=object) for s in splits if config.client in s.column_names
-        ]
+        values = [np.array(list(s[config.client]), dtype=object) for s in splits if config.client in s.column_names]
         codes, client_names = encode_clients(_plain(np.concatenate(values)), name)
         naturals = [codes[:cut], codes[cut:] if len(values) == 2 else None]
     test = Part(xs[1], y[cut:], naturals[1]) if len(xs) == 2 else None

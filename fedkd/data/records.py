@@ -56,15 +56,12 @@ def encode_labels(
         unknown = sorted({text for text in texts if text not in lookup})
         if unknown:
             raise DataError(
-                f"{where}: label `{unknown[0]}` is not among data.class_names {list(class_names)}: add it or "
-                "fix it"
+                f"{where}: label `{unknown[0]}` is not among data.class_names {list(class_names)}: add it or fix it"
             )
         return np.array([lookup[text] for text in texts], np.int64), len(class_names), class_names
     if values.dtype.kind == "f":
         if np.isnan(values).any():
-            raise DataError(
-                f"{where}: {int(np.isnan(values).sum())} records have no label: remove or label them"
-            )
+            raise DataError(f"{where}: {int(np.isnan(values).sum())} records have no label: remove or label them")
         if np.array_equal(values, np.round(values)):
             values = values.astype(np.int64)
     if values.dtype.kind in "iub" and len(values) and int(values.min()) >= 0:
@@ -73,8 +70,7 @@ def encode_labels(
         if classes is not None:
             if top >= classes:
                 raise ConfigError(
-                    f"{where}: label {top} came but data.classes is {classes}: labels must be "
-                    f"0..{classes - 1}"
+                    f"{where}: label {top} came but data.classes is {classes}: labels must be 0..{classes - 1}"
                 )
             return numbers, classes, ()
         if len(np.unique(numbers)) == top + 1:
@@ -87,8 +83,7 @@ def encode_labels(
     distinct, codes = np.unique(values, return_inverse=True)
     if classes is not None and classes != len(distinct):
         raise ConfigError(
-            f"{where}: {len(distinct)} distinct labels came but data.classes is {classes}: list all in "
-            "data.class_names"
+            f"{where}: {len(distinct)} distinct labels came but data.classes is {classes}: list all in data.class_names"
         )
     names = tuple(_text(value) for value in distinct)
     return codes.astype(np.int64), max(len(distinct), 2), names

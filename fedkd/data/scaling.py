@@ -93,9 +93,7 @@ class Standardiser:
         return np.asarray((filled - self.center) / self.scale, dtype=np.float32)
 
 
-def to_inputs(
-    x: Array, index: NDArray[np.integer] | slice | None, scaling: Standardiser | None
-) -> NDArray[np.float32]:
+def to_inputs(x: Array, index: NDArray[np.integer] | slice | None, scaling: Standardiser | None) -> NDArray[np.float32]:
     """Model inputs float32 [n, *shape] of stored records, always a new array."""
     chosen = x if index is None else x[index]
     if chosen.dtype == np.uint8:

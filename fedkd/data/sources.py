@@ -106,9 +106,7 @@ def load(config: DataConfig, seed: int) -> Split:
     return Split(dataset(train), dataset(test))
 
 
-def _scaling(
-    config: DataConfig, records: Records, parts: tuple[Part, Part]
-) -> tuple[Standardiser | None, bool]:
+def _scaling(config: DataConfig, records: Records, parts: tuple[Part, Part]) -> tuple[Standardiser | None, bool]:
     shape = tuple(records.train.x.shape[1:])
     constants = records.constants
     if config.mean is not None and config.std is not None:
@@ -154,14 +152,10 @@ def _strata(part: Part) -> list[NDArray[np.int64]]:
     return [np.asarray(group, np.int64) for group in np.split(order, bounds)]
 
 
-def _held_out(
-    part: Part, fraction: float, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _held_out(part: Part, fraction: float, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Sorted indices of the kept and of the held-out records, `fraction` of every stratum (rounded)."""
     if len(part.y) < 2:
-        raise DataError(
-            f"splitting off a test set needs at least 2 records, but {len(part.y)} came: give more data"
-        )
+        raise DataError(f"splitting off a test set needs at least 2 records, but {len(part.y)} came: give more data")
     held = np.concatenate(_share(_strata(part), max(1, round(fraction * len(part.y))), rng))
     keep = np.setdiff1d(np.arange(len(part.y)), held)
     return keep, np.sort(held)

@@ -199,9 +199,7 @@ def warnings(groups: Sequence[Group]) -> list[str]:
         [_seeds(group) for group in groups],
         "part of a difference may be the partition or the start.",
     )
-    unfinished = [
-        f"{run.path.name} {run.status}" for group in groups for run in group.counted if not run.finished
-    ]
+    unfinished = [f"{run.path.name} {run.status}" for group in groups for run in group.counted if not run.finished]
     if unfinished:
         found.append(f"Not finished, shown as far as they got: {', '.join(unfinished)}.")
     left_out = [f"{run.path.name} {run.status}" for group in groups for run in group.left_out]
@@ -319,8 +317,7 @@ def write_plot(groups: Sequence[Group], names: Sequence[str], path: Path) -> Non
             figure.savefig(path, format=suffix, dpi=160, metadata=metadata)
         except OSError as problem:
             raise FedkdError(
-                f"Expected to write {path}, but {problem.strerror or problem}; choose a folder you may"
-                f" write to."
+                f"Expected to write {path}, but {problem.strerror or problem}; choose a folder you may write to."
             ) from None
 
 

@@ -101,13 +101,9 @@ def paragraph(text: str, kind: str = "") -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "", words: int = 1) -> str:
     """A table of plain text; all columns but the first `words` are numbers and are set flush right."""
-    columns = "".join(
-        f'<th scope="col"{_right(at, words)}>{escape(name)}</th>' for at, name in enumerate(head)
-    )
+    columns = "".join(f'<th scope="col"{_right(at, words)}>{escape(name)}</th>' for at, name in enumerate(head))
     body = "".join(
-        "<tr>"
-        + "".join(f"<td{_right(at, words)}>{escape(str(cell))}</td>" for at, cell in enumerate(row))
-        + "</tr>"
+        "<tr>" + "".join(f"<td{_right(at, words)}>{escape(str(cell))}</td>" for at, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -135,8 +131,7 @@ def figure(picture: str, caption: str = "") -> str:
 def tiles(entries: Sequence[tuple[str, str, str]]) -> str:
     """Headline numbers: (name, value, what it means)."""
     items = "".join(
-        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd'
-        f' class="small">{escape(note)}</dd></div>'
+        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class="small">{escape(note)}</dd></div>'
         for name, value, note in entries
     )
     return f'<dl class="tiles">{items}</dl>'
@@ -172,9 +167,7 @@ def headline(run: Run) -> Section:
     entries: list[tuple[str, str, str]] = []
     if accuracy.student is not None:
         gain = points_text(accuracy.student, accuracy.local_only)
-        entries.append(
-            ("Student", percent(accuracy.student), f"{gain} against trained alone" if gain else "accuracy")
-        )
+        entries.append(("Student", percent(accuracy.student), f"{gain} against trained alone" if gain else "accuracy"))
     if accuracy.clients_mean is not None:
         gain = points_text(accuracy.clients_mean, accuracy.local_only)
         note = f"{gain} against trained alone" if gain else "mean accuracy"
@@ -191,9 +184,7 @@ def headline(run: Run) -> Section:
         entries.append(("Trained alone", percent(accuracy.local_only), "mean, without any exchange"))
     if accuracy.ensemble is not None:
         entries.append(("Ensemble", percent(accuracy.ensemble), "all devices asked together"))
-    entries.append(
-        ("Up, per device", svg.data_size(run.bytes_up_per_device), f"{svg.data_size(run.bytes_up)} in all")
-    )
+    entries.append(("Up, per device", svg.data_size(run.bytes_up_per_device), f"{svg.data_size(run.bytes_up)} in all"))
     down = f"{svg.data_size(run.bytes_down + run.bytes_proxy)} in all"
     entries.append(
         (
@@ -203,9 +194,7 @@ def headline(run: Run) -> Section:
         )
     )
     delta = f"at delta = {run.delta:g}" if run.epsilon is not None and run.delta is not None else ""
-    entries.append(
-        ("Epsilon", epsilon_text(run.epsilon), delta or ("" if run.epsilon is not None else "no guarantee"))
-    )
+    entries.append(("Epsilon", epsilon_text(run.epsilon), delta or ("" if run.epsilon is not None else "no guarantee")))
     entries.append(("Time", duration(run.seconds), counted(len(run.rounds), "round")))
     return Section(title="In short", body=tiles(entries), wide=True)
 
@@ -239,9 +228,7 @@ def _accuracy_lines(run: Run) -> list[svg.Line]:
     if run.accuracy.local_only is not None and run.rounds:
         ends = (run.rounds[0], run.rounds[-1])
         level = [(_x(r.round), run.accuracy.local_only) for r in ends]
-        lines.append(
-            svg.Line(name="trained alone", points=level, colour=LOCAL, dash=2, width=1.8, level=True)
-        )
+        lines.append(svg.Line(name="trained alone", points=level, colour=LOCAL, dash=2, width=1.8, level=True))
     return lines
 
 
@@ -251,11 +238,7 @@ def _spread_band(run: Run) -> svg.Band | None:
         known = sorted(value for value in row.clients_accuracy or () if value is not None)
         if len(known) > 1:
             points.append((_x(row.round), quantile(known, 0.1), quantile(known, 0.9)))
-    return (
-        svg.Band(name="middle 80 % of the devices", points=points, colour=CLIENTS)
-        if len(points) > 1
-        else None
-    )
+    return svg.Band(name="middle 80 % of the devices", points=points, colour=CLIENTS) if len(points) > 1 else None
 
 
 def accuracy_section(run: Run) -> Section | None:
@@ -285,12 +268,8 @@ def accuracy_section(run: Run) -> Section | None:
         for row in (run.rounds[index] for index in svg.thin(len(run.rounds), _MOST_ROWS))
     ]
     some = f" ({len(rows)} of {len(run.rounds)} rounds)" if len(rows) < len(run.rounds) else ""
-    numbers = table(
-        ("round", "student", "devices, mean", "ensemble", "up", "down", "epsilon", "time"), rows, words=0
-    )
-    return Section(
-        title="Accuracy per round", body=figure(chart) + details(f"The numbers{some}", numbers), wide=True
-    )
+    numbers = table(("round", "student", "devices, mean", "ensemble", "up", "down", "epsilon", "time"), rows, words=0)
+    return Section(title="Accuracy per round", body=figure(chart) + details(f"The numbers{some}", numbers), wide=True)
 
 
 def _last_value(line: svg.Line) -> float | None:
@@ -310,8 +289,7 @@ def cost_section(run: Run) -> Section | None:
         clients.append((sent / devices, row.clients_mean))
     chart = svg.line_chart(
         "Accuracy against bytes",
-        f"Accuracy against bytes per device, up and down together; {svg.data_size(sent / devices)} at the"
-        f" end.",
+        f"Accuracy against bytes per device, up and down together; {svg.data_size(sent / devices)} at the end.",
         [
             svg.Line(name="student", points=student, colour=STUDENT, width=3),
             svg.Line(name="devices, mean", points=clients, colour=CLIENTS, dash=1),
@@ -530,11 +508,7 @@ def epsilon_section(run: Run) -> Section | None:
     chart = svg.line_chart(
         "Epsilon spent so far",
         f"Epsilon after {len(run.rounds)} rounds: {epsilon_text(run.epsilon)}.",
-        [
-            svg.Line(
-                name="epsilon", points=[(_x(r.round), r.epsilon) for r in run.rounds], colour=4, step=True
-            )
-        ],
+        [svg.Line(name="epsilon", points=[(_x(r.round), r.epsilon) for r in run.rounds], colour=4, step=True)],
         y_label="epsilon",
         y_format=svg.plain,
         limits=(0.0, None),
@@ -543,9 +517,7 @@ def epsilon_section(run: Run) -> Section | None:
         height=300,
     )
     delta = f" at delta = {run.delta:g}" if run.delta is not None else ""
-    return Section(
-        title="Epsilon", body=figure(chart, f"Claimed in total: {epsilon_text(run.epsilon)}{delta}.")
-    )
+    return Section(title="Epsilon", body=figure(chart, f"Claimed in total: {epsilon_text(run.epsilon)}{delta}."))
 
 
 def loss_section(run: Run) -> Section | None:
@@ -590,9 +562,7 @@ def _limits(runs: Sequence[Run]) -> str:
                 " an attacker about the records they were learned from."
             )
         else:
-            points.append(
-                f"Epsilon is infinity{whose}: no mechanism was used. Nothing was sent in these rounds."
-            )
+            points.append(f"Epsilon is infinity{whose}: no mechanism was used. Nothing was sent in these rounds.")
     covered = [run for run in runs if run.epsilon is not None]
     if covered:
         worst = max(run.epsilon or 0.0 for run in covered)
@@ -679,9 +649,7 @@ def sweep_table(sweep: Sweep) -> Section:
         "epsilon",
         "time",
     )
-    note = (
-        "Mean ± standard deviation over seeds (n - 1); bytes and time are means; down includes the proxy set."
-    )
+    note = "Mean ± standard deviation over seeds (n - 1); bytes and time are means; down includes the proxy set."
     left_out = [f"{run.path.name} ({run.status})" for group in groups for run in group.left_out]
     if left_out:
         note += f" Left out of the means: {', '.join(left_out)}."
@@ -694,10 +662,7 @@ def _overlay(sweep: Sweep, title: str, get: Callable[[Any], float | None]) -> Se
     """Thin lines for seeds, a thick one for their mean over the rounds that all of them have."""
     lines: list[svg.Line] = []
     for at, group in enumerate(group_seeds(sweep.runs)):
-        curves = [
-            {row.round: value for row in run.rounds if (value := get(row)) is not None}
-            for run in group.counted
-        ]
+        curves = [{row.round: value for row in run.rounds if (value := get(row)) is not None} for run in group.counted]
         curves = [curve for curve in curves if curve]
         if not curves:
             continue
@@ -769,9 +734,7 @@ def sweep_cost(sweep: Sweep) -> Section | None:
         if not sent:
             levels.append((spread.mean, f"{group.label}: nothing sent"))
             continue
-        hint = (
-            f"{group.label}, {ACCURACY_NAMES[name]}: {spread_text(spread)}, {svg.data_size(sent)} per device"
-        )
+        hint = f"{group.label}, {ACCURACY_NAMES[name]}: {spread_text(spread)}, {svg.data_size(sent)} per device"
         dots.append(
             svg.Dot(
                 x=sent / 1e6,
@@ -928,8 +891,7 @@ def _page(title: str, lines: Sequence[str], sections: Sequence[Section]) -> str:
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
         # Should a name ever slip through unescaped, the browser still runs nothing and asks nobody.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
-        " 'unsafe-inline'\">\n",
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n",
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n",
         f"<header><h1>{escape(title)}</h1>{''.join(paragraph(line) for line in lines)}</header>\n",
@@ -953,14 +915,11 @@ def _page(title: str, lines: Sequence[str], sections: Sequence[Section]) -> str:
 
 def render_run(run: Run) -> str:
     """The report of one run as text."""
-    planned = (
-        f" of {run.rounds_planned}" if run.rounds_planned and run.rounds_planned != len(run.rounds) else ""
-    )
+    planned = f" of {run.rounds_planned}" if run.rounds_planned and run.rounds_planned != len(run.rounds) else ""
     devices = f"{counted(run.devices, 'device')}, " if run.devices else ""
     seed = "" if run.seed is None else f", seed {run.seed}"
     lines = [
-        f"{run.method} on the {run.runner} runner, {devices}{len(run.rounds)}{planned} rounds{seed} ·"
-        f" {run.status}"
+        f"{run.method} on the {run.runner} runner, {devices}{len(run.rounds)}{planned} rounds{seed} · {run.status}"
     ]
     if run.overrides:
         lines.append(", ".join(f"{key} = {value}" for key, value in run.overrides.items()))
@@ -993,8 +952,7 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
         sweep = Sweep.read(path)
         if not sweep.runs:
             raise FedkdError(
-                f"Expected at least one run in the sweep {path}, but none has started; wait for its first"
-                f" round."
+                f"Expected at least one run in the sweep {path}, but none has started; wait for its first round."
             )
         text = render_sweep(sweep)
     else:

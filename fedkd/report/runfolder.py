@@ -69,8 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as problem:
         raise FedkdError(
-            f"Expected to read {path}, but {problem.strerror or problem}; give the folder of a run or of"
-            f" a sweep."
+            f"Expected to read {path}, but {problem.strerror or problem}; give the folder of a run or of a sweep."
         ) from None
     except ValueError as problem:
         raise FedkdError(
@@ -139,18 +138,14 @@ class Round:
     quarantined: tuple[Quarantine, ...]
     failed: str | None
     student_accuracy: float | None
-    clients_accuracy: (
-        tuple[float | None, ...] | None
-    )  # None where the clients were not evaluated in this round
+    clients_accuracy: tuple[float | None, ...] | None  # None where the clients were not evaluated in this round
     ensemble_accuracy: float | None
     bytes_up: int  # of this round, all devices together
     bytes_down: int
     epsilon: float | None  # None is infinity
     seconds: float
     loss: Mapping[str, float | None]
-    raw: Mapping[str, Any] = field(
-        repr=False, compare=False
-    )  # later columns (virtual hours, ...) are found here
+    raw: Mapping[str, Any] = field(repr=False, compare=False)  # later columns (virtual hours, ...) are found here
 
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> Self:
@@ -173,9 +168,7 @@ class Round:
             ),
             failed=None if row.get("failed") in (None, False, "") else str(row["failed"]),
             student_accuracy=_number(row.get("student_accuracy")),
-            clients_accuracy=None
-            if accuracies is None
-            else tuple(_number(value) for value in _items(accuracies)),
+            clients_accuracy=None if accuracies is None else tuple(_number(value) for value in _items(accuracies)),
             ensemble_accuracy=_number(row.get("ensemble_accuracy")),
             bytes_up=_count(row.get("bytes_up")),
             bytes_down=_count(row.get("bytes_down")),
@@ -351,12 +344,8 @@ class Run:
             bytes_down=bytes_down,
             bytes_proxy=bytes_proxy,
             bytes_up_per_device=_per_device(summary.get("bytes_up_per_device"), bytes_up, clients),
-            bytes_down_per_device=_per_device(
-                summary.get("bytes_down_per_device"), bytes_down + bytes_proxy, clients
-            ),
-            epsilon=_number(
-                summary["epsilon"] if "epsilon" in summary else rounds[-1].epsilon if rounds else None
-            ),
+            bytes_down_per_device=_per_device(summary.get("bytes_down_per_device"), bytes_down + bytes_proxy, clients),
+            epsilon=_number(summary["epsilon"] if "epsilon" in summary else rounds[-1].epsilon if rounds else None),
             delta=_number(summary.get("delta")),
             seconds=_number(summary.get("seconds")) or math.fsum(row.seconds for row in rounds),
             versions={key: str(value) for key, value in _table(summary.get("versions")).items()},
@@ -463,9 +452,7 @@ def _last(rounds: Sequence[Round]) -> Accuracy:
     )
 
 
-def _clients(
-    summary: Mapping[str, Any], partition: Partition | None, rounds: Sequence[Round]
-) -> tuple[Client, ...]:
+def _clients(summary: Mapping[str, Any], partition: Partition | None, rounds: Sequence[Round]) -> tuple[Client, ...]:
     given = [_table(item) for item in _items(summary.get("per_client"))]
     if given:
         return tuple(
@@ -485,12 +472,8 @@ def _clients(
     return tuple(
         Client(
             client=index,
-            name=partition.client_names[index]
-            if partition and index < len(partition.counts)
-            else f"client {index}",
-            architecture=partition.architectures[index]
-            if partition and index < len(partition.counts)
-            else "",
+            name=partition.client_names[index] if partition and index < len(partition.counts) else f"client {index}",
+            architecture=partition.architectures[index] if partition and index < len(partition.counts) else "",
             examples=sum(partition.counts[index]) if partition and index < len(partition.counts) else 0,
             accuracy=latest[index] if index < len(latest) else None,
             accuracy_own_classes=None,
@@ -526,9 +509,7 @@ class Sweep:
         path = Path(path)
         if not is_sweep(path):
             what = "that is a single run" if is_run(path) else _what_is(path).replace(ROUNDS_FILE, SWEEP_FILE)
-            raise FedkdError(
-                f"Expected a sweep folder (one with {SWEEP_FILE}) at {path}, but {what}; give its folder."
-            )
+            raise FedkdError(f"Expected a sweep folder (one with {SWEEP_FILE}) at {path}, but {what}; give its folder.")
         content = read_json(path / SWEEP_FILE)
         _check_schema(content, path / SWEEP_FILE)
         runs: list[Run] = []
@@ -636,9 +617,7 @@ class Group:
     @property
     def label(self) -> str:
         """The method and what a sweep changed in it."""
-        changed = ", ".join(
-            f"{key.removeprefix('algorithm.')}={_short(value)}" for key, value in self.changed.items()
-        )
+        changed = ", ".join(f"{key.removeprefix('algorithm.')}={_short(value)}" for key, value in self.changed.items())
         return f"{self.method} ({changed})" if changed else self.method
 
     @property
@@ -662,11 +641,7 @@ class Group:
     def epsilon(self) -> float | None:
         """The largest over the seeds, for a claim holds only if it holds for the worst; None is infinity."""
         values = [run.epsilon for run in self.counted]
-        return (
-            None
-            if any(value is None for value in values)
-            else max(value for value in values if value is not None)
-        )
+        return None if any(value is None for value in values) else max(value for value in values if value is not None)
 
 
 def _short(value: object) -> str:
@@ -721,9 +696,7 @@ def summarise_sweep(sweep: Sweep | str | Path) -> dict[str, Any]:
                     for run in group.left_out
                 ],
                 "statuses": [run.status for run in group.counted],
-                "accuracy": {
-                    name: spread.as_dict() if spread else None for name, spread in accuracies.items()
-                },
+                "accuracy": {name: spread.as_dict() if spread else None for name, spread in accuracies.items()},
                 "bytes_up": group.average("bytes_up"),
                 "bytes_down": group.average("bytes_down"),
                 "bytes_proxy": group.average("bytes_proxy"),

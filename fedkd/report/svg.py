@@ -144,19 +144,13 @@ class _Frame:
         self.parts: list[str] = []
         for tick, name in marks:
             at = self.y(tick)
-            self.parts.append(
-                f'<path class="grid" d="M{number(self.left)} {number(at)}H{number(self.right)}"/>'
-            )
+            self.parts.append(f'<path class="grid" d="M{number(self.left)} {number(at)}H{number(self.right)}"/>')
             self.text(self.left - 7, at + 4, name, "end")
-        for tick in (
-            _log_ticks(self.x0, self.x1) if x_log else ticks(self.x0, self.x1, 8, x_whole) if x_axis else ()
-        ):
+        for tick in _log_ticks(self.x0, self.x1) if x_log else ticks(self.x0, self.x1, 8, x_whole) if x_axis else ():
             at = self.x(tick)
             self.parts.append(f'<path class="axis" d="M{number(at)} {number(self.bottom)}v4"/>')
             self.text(at, self.bottom + 17, x_format(tick), "middle")
-        self.parts.append(
-            f'<path class="axis" d="M{number(self.left)} {number(self.bottom)}H{number(self.right)}"/>'
-        )
+        self.parts.append(f'<path class="axis" d="M{number(self.left)} {number(self.bottom)}H{number(self.right)}"/>')
         self.text((self.left + self.right) / 2, height - 8, x_label, "middle", "label")
         middle = (self.top + self.bottom) / 2
         self.parts.append(
@@ -176,8 +170,7 @@ class _Frame:
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "tick") -> None:
         self.parts.append(
-            f'<text class="{kind}" text-anchor="{anchor}" x="{number(x)}"'
-            f' y="{number(y)}">{escape(text)}</text>'
+            f'<text class="{kind}" text-anchor="{anchor}" x="{number(x)}" y="{number(y)}">{escape(text)}</text>'
         )
 
     def svg(self, title: str, description: str) -> str:
@@ -200,9 +193,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [value for value in found if low * 0.999 <= value <= high * 1.001]
 
 
-def _fit(
-    values: Sequence[float], limits: tuple[float | None, float | None], floor: float
-) -> tuple[float, float]:
+def _fit(values: Sequence[float], limits: tuple[float | None, float | None], floor: float) -> tuple[float, float]:
     """An axis that holds all values with a margin, no narrower than `floor` and never beyond `limits`."""
     low, high = min(values), max(values)
     margin = max(0.06 * (high - low), floor / 2 - (high - low) / 2, 0.0)
@@ -214,9 +205,7 @@ def _fit(
     return low, high
 
 
-def mark(
-    x: float, y: float, marker: int, fill: str, size: float = 4.0, hint: str = "", opacity: float = 1.0
-) -> str:
+def mark(x: float, y: float, marker: int, fill: str, size: float = 4.0, hint: str = "", opacity: float = 1.0) -> str:
     """A dot in one of eight shapes."""
     name = MARKERS[marker % len(MARKERS)]
     title = f"<title>{escape(hint)}</title>" if hint else ""
@@ -254,8 +243,7 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
     if not entries:
         return ""
     items = "".join(
-        f'<li><svg aria-hidden="true" viewBox="0 0 30 14" width="30"'
-        f' height="14">{picture}</svg>{escape(name)}</li>'
+        f'<li><svg aria-hidden="true" viewBox="0 0 30 14" width="30" height="14">{picture}</svg>{escape(name)}</li>'
         for name, picture in entries
     )
     return f'<ul class="legend">{items}</ul>'
@@ -323,9 +311,7 @@ def line_chart(
         kept_points = [line.points[index] for index in thin(len(line.points), _MOST_POINTS)]
         places = [(frame.x(x), frame.y(y)) for x, y in kept_points if y is not None]
         if len(places) == 1:
-            frame.parts.append(
-                mark(*places[0], line.colour, colour(line.colour), hint=line.name, opacity=line.opacity)
-            )
+            frame.parts.append(mark(*places[0], line.colour, colour(line.colour), hint=line.name, opacity=line.opacity))
             continue
         path = f"M{number(places[0][0])} {number(places[0][1])}" + "".join(
             f"H{number(x)}V{number(y)}" if line.step else f"L{number(x)} {number(y)}" for x, y in places[1:]
@@ -386,9 +372,7 @@ def dot_chart(
             frame.parts.append(mark(frame.x(place), frame.y(before), 0, "var(--muted)", 1.6, opacity=0.5))
         elif before is not None:
             x = number(frame.x(place))
-            frame.parts.append(
-                f'<path class="stem" d="M{x} {number(frame.y(before))}V{number(frame.y(value))}"/>'
-            )
+            frame.parts.append(f'<path class="stem" d="M{x} {number(frame.y(before))}V{number(frame.y(value))}"/>')
             frame.parts.append(
                 f'<path class="before" d="M{number(frame.x(place) - size)}'
                 f' {number(frame.y(before))}h{number(2 * size)}"/>'
@@ -446,8 +430,7 @@ def bar_chart(
                 )
                 below += values[place]
     entries = [
-        (name, f'<rect x="8" y="1" width="14" height="12" {_hatched(at)}/>')
-        for at, (name, _) in enumerate(stacks)
+        (name, f'<rect x="8" y="1" width="14" height="12" {_hatched(at)}/>') for at, (name, _) in enumerate(stacks)
     ]
     return frame.svg(title, description) + legend(entries)
 
@@ -489,8 +472,7 @@ def scatter(
     for place_x, (y, name) in enumerate(levels):
         at = frame.y(y)
         frame.parts.append(
-            f'<path class="level" d="M{number(frame.left)} {number(at)}H{number(frame.right)}"'
-            f' stroke-dasharray="5 4"/>'
+            f'<path class="level" d="M{number(frame.left)} {number(at)}H{number(frame.right)}" stroke-dasharray="5 4"/>'
         )
         frame.text(frame.left + 6 + 190 * (place_x % 4), at - 5, name, "start", "note")
     for dot in dots:
@@ -543,8 +525,7 @@ def partition_chart(
 
     def text(x: float, y: float, content: str, anchor: str, kind: str = "tick") -> None:
         parts.append(
-            f'<text class="{kind}" text-anchor="{anchor}" x="{number(x)}"'
-            f' y="{number(y)}">{escape(content)}</text>'
+            f'<text class="{kind}" text-anchor="{anchor}" x="{number(x)}" y="{number(y)}">{escape(content)}</text>'
         )
 
     biggest = max(1, *totals)
@@ -598,9 +579,7 @@ def partition_chart(
             f' height="{number(cell_y * len(rows))}"/>'
         )
         for shade in sorted(shades):
-            parts.append(
-                f'<path d="{"".join(shades[shade])}" fill="var(--c0)" fill-opacity="{shade / 10:g}"/>'
-            )
+            parts.append(f'<path d="{"".join(shades[shade])}" fill="var(--c0)" fill-opacity="{shade / 10:g}"/>')
     fits = cell_x >= 6.4 * max(len(client_names[client]) for client in columns)
     if fits:
         for place, client in enumerate(columns):

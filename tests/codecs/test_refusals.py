@@ -112,9 +112,7 @@ def test_fault_5_absurd_logits() -> None:
     assert refused(data, contract).reason == "range"
 
 
-@pytest.mark.parametrize(
-    "dtype", ["O", "V8", "c8", "M8", "U4", "i8", "f2", "f8", "|O", "object", "", "u1", "s1"]
-)
+@pytest.mark.parametrize("dtype", ["O", "V8", "c8", "M8", "U4", "i8", "f2", "f8", "|O", "object", "", "u1", "s1"])
 def test_fault_6_other_types(dtype: str) -> None:
     assert refused(craft(uniform(), dtype=dtype)).reason == "dtype"
 
@@ -168,9 +166,7 @@ def test_fault_8_over_the_cap() -> None:
 def test_fault_8_a_compressed_bomb() -> None:
     spec = "float32+deflate"
     bomb = zlib.compress(b"\0" * 50_000_000, 9)
-    codec(spec).decode(
-        codec(spec).encode(labels(), EXPECTED), SOFT
-    )  # caches warm, so that the peak is the bomb's
+    codec(spec).decode(codec(spec).encode(labels(), EXPECTED), SOFT)  # caches warm, so that the peak is the bomb's
     peak, reason = peak_bytes(craft(uniform(), spec=spec, body=bomb), SOFT, spec)
     assert reason == "length" and peak < 2**20
 
@@ -282,9 +278,7 @@ def test_an_entropy_block_with_words_left_over_or_missing() -> None:
 def test_an_entropy_model_that_does_not_add_up(shares: tuple[int, int]) -> None:
     marks = bytes([0b11000000, 0])
     body = struct.pack("<BI", 2, 1) + marks + struct.pack("<HH", *shares) + b"\1\2\3\4"
-    error = refused(
-        craft(uniform(), spec="simplex:1+entropy", dtype="s1", body=body), spec="simplex:1+entropy"
-    )
+    error = refused(craft(uniform(), spec="simplex:1+entropy", dtype="s1", body=body), spec="simplex:1+entropy")
     assert error.reason == "body" and "shares" in str(error)
 
 
@@ -316,9 +310,7 @@ for _payload in (
     Bundle(parts={"w": Weights.from_tensors(_MODEL), "y": labels()}),
 ):
     _SEEDS.append((_payload, Contract.like(_payload), _payload))
-_SEEDS.append(
-    (Features(features=torch.randn(5, 2), logits=torch.randn(5, C), labels=torch.arange(5)), FREE, labels())
-)
+_SEEDS.append((Features(features=torch.randn(5, 2), logits=torch.randn(5, C), labels=torch.arange(5)), FREE, labels()))
 _SPECS = [
     "float16",
     "float32",
@@ -347,11 +339,7 @@ def within(payload: Payload, contract: Contract) -> bool:
             if kind == "simplex":
                 good &= float(value.min()) >= 0 and float((value.sum(-1) - 1).abs().max()) < 1e-4
             if kind == "label":
-                good &= (
-                    value.dtype == torch.int64
-                    and int(value.min()) >= 0
-                    and int(value.max()) < contract.classes
-                )
+                good &= value.dtype == torch.int64 and int(value.min()) >= 0 and int(value.max()) < contract.classes
             if kind == "flag":
                 good &= value.dtype == torch.bool
             if not good:

@@ -34,9 +34,7 @@ LINKS = ["", "+delta", "+entropy", "+deflate", "+delta+entropy", "+delta+deflate
 
 def soft_labels(n: int = 40, c: int = 10, seed: int = 0, sharp: float = 3.0) -> SoftLabels:
     rng = torch.Generator().manual_seed(seed)
-    return SoftLabels(
-        labels=torch.softmax(sharp * torch.randn(n, c, generator=rng, dtype=torch.float64), 1).float()
-    )
+    return SoftLabels(labels=torch.softmax(sharp * torch.randn(n, c, generator=rng, dtype=torch.float64), 1).float())
 
 
 def payloads(seed: int = 0) -> dict[str, Payload]:
@@ -68,17 +66,13 @@ def payloads(seed: int = 0) -> dict[str, Payload]:
             labels=torch.arange(9) * 33,
         ),
         "weights": weights,
-        "bundle": Bundle(
-            parts={"model": weights, "labels": labels, "votes": Votes(votes=torch.tensor([1, 2]))}
-        ),
+        "bundle": Bundle(parts={"model": weights, "labels": labels, "votes": Votes(votes=torch.tensor([1, 2]))}),
         "nested": Bundle(parts={"a": Bundle(parts={"b": labels}), "c": Nothing()}),
     }
 
 
 @pytest.mark.parametrize("name", payloads())
-@pytest.mark.parametrize(
-    "spec", [v + link for v in [*FLOATS, "simplex:1", "simplex:5", "topk:3"] for link in LINKS]
-)
+@pytest.mark.parametrize("spec", [v + link for v in [*FLOATS, "simplex:1", "simplex:5", "topk:3"] for link in LINKS])
 def test_decode_gives_what_roundtrip_promised(spec: str, name: str) -> None:
     coding, payload, old = codec(spec), payloads()[name], payloads(seed=1)[name]
     if not coding.supports(type(payload)):
@@ -129,10 +123,7 @@ def test_float64_is_exact_for_float64_and_float32_is_not() -> None:
 
 def test_exact_integers_and_flags_under_a_coarse_codec() -> None:
     back = codec("float16+delta+entropy").roundtrip(payloads()["weights"]).tensors()
-    assert (
-        back["body.bn.num_batches_tracked"].item() == 2**40
-        and back["body.bn.num_batches_tracked"].shape == ()
-    )
+    assert back["body.bn.num_batches_tracked"].item() == 2**40 and back["body.bn.num_batches_tracked"].shape == ()
     assert back["mask"].dtype == torch.bool and back["mask"].tolist() == [True, False, True]
 
 
@@ -168,9 +159,7 @@ def test_a_sender_refuses_nan_and_infinity(spec: str) -> None:
 @pytest.mark.parametrize(("bits", "classes"), [(1, 2), (1, 5), (2, 2), (2, 4), (3, 3), (4, 3)])
 def test_largest_remainder_is_the_nearest_point_of_the_lattice(bits: int, classes: int) -> None:
     steps = (1 << bits) - 1
-    lattice = (
-        np.array([q for q in itertools.product(range(steps + 1), repeat=classes) if sum(q) == steps]) / steps
-    )
+    lattice = np.array([q for q in itertools.product(range(steps + 1), repeat=classes) if sum(q) == steps]) / steps
     p = np.random.default_rng(bits * 10 + classes).dirichlet(np.full(classes, 0.7), size=300)
     best = np.abs(lattice[None] - p[:, None]).sum(2).min(1)
     levels = largest_remainder(p, steps)
@@ -235,9 +224,7 @@ def test_one_bit_meets_the_raw_bound_of_the_paper() -> None:
     # CFD's bound for uniform labels: |X| log2 C bits. Packed 4-bit indices lie above it, the range coder
     # reaches it.
     rng = torch.Generator().manual_seed(0)
-    labels = SoftLabels(
-        labels=torch.nn.functional.one_hot(torch.randint(0, 10, (10_000,), generator=rng), 10).float()
-    )
+    labels = SoftLabels(labels=torch.nn.functional.one_hot(torch.randint(0, 10, (10_000,), generator=rng), 10).float())
     bound = 10_000 * np.log2(10) / 8
     header = size("simplex:1", SoftLabels(labels=torch.zeros(0, 10)))
     assert size("simplex:1", labels) - header == 5000

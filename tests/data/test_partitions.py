@@ -77,10 +77,7 @@ class TestDirichlet:
         for alpha in (0.1, 1.0):
             shares = np.concatenate(
                 [
-                    describe(
-                        deal(y, seed=seed, kind="dirichlet", alpha=alpha, clients=clients), y, 10
-                    ).ravel()
-                    / 1000
+                    describe(deal(y, seed=seed, kind="dirichlet", alpha=alpha, clients=clients), y, 10).ravel() / 1000
                     for seed in range(20)
                 ]
             )
@@ -99,8 +96,7 @@ class TestDirichlet:
         y = labels(1000)
         config = {"kind": "dirichlet", "alpha": 0.2, "clients": 10}
         free, bound = (
-            [min(map(len, deal(y, seed=seed, min_size=size, **config))) for seed in range(8)]
-            for size in (0, 30)
+            [min(map(len, deal(y, seed=seed, min_size=size, **config))) for seed in range(8)] for size in (0, 30)
         )
         assert min(free) < 30 <= min(bound)
         with pytest.raises(ConfigError, match="not reached in 3 draws"):

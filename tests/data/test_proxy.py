@@ -276,9 +276,7 @@ class TestPerClient:
         done, public = standardise(split, parts, proxy)
         shared = done.test.natural == 0
         # Client 0's records lie on two devices, so neither may speak for it.
-        np.testing.assert_allclose(
-            done.test.inputs()[shared], public.scaling.apply(data.x[shared]), rtol=1e-6
-        )
+        np.testing.assert_allclose(done.test.inputs()[shared], public.scaling.apply(data.x[shared]), rtol=1e-6)
         with pytest.raises(ConfigError, match=r"belong to no device"):
             standardise(Split(split.train, data), parts, None)
 
@@ -293,9 +291,7 @@ class TestPerClient:
         empty = Standardiser.fit(np.zeros((0, 2), np.float32))
         np.testing.assert_array_equal(empty.apply(np.array([[1, np.nan]], np.float32)), [[1, 0]])
         one = Standardiser.fit(np.array([[5.0, np.nan]], np.float32))
-        np.testing.assert_array_equal(
-            one.apply(np.array([[5, np.nan], [6, 2]], np.float32)), [[0, 0], [1, 2]]
-        )
+        np.testing.assert_array_equal(one.apply(np.array([[5, np.nan], [6, 2]], np.float32)), [[0, 0], [1, 2]])
         constant = Standardiser.fit(np.full((9, 1), 0.1, np.float32))
         assert np.abs(constant.apply(np.full((1, 1), 0.1, np.float32))).max() < 1e-6
         back = Standardiser.constants((7.0, 3.0), (2.0, 4.0), (2,))
@@ -312,8 +308,7 @@ class TestPerClient:
 class TestPrepare:
     def test_the_same_seed_is_the_same_federation(self):
         one, same, other = (
-            prepare(DataConfig(), PartitionConfig(clients=5), ProxyConfig(size=100), seed)
-            for seed in (1, 1, 2)
+            prepare(DataConfig(), PartitionConfig(clients=5), ProxyConfig(size=100), seed) for seed in (1, 1, 2)
         )
         assert one.proxy.identity == same.proxy.identity != other.proxy.identity
         assert all(np.array_equal(a, b) for a, b in zip(one.parts, same.parts, strict=True))

@@ -302,8 +302,7 @@ class TestNpz:
 
 
 TABLE = "age,colour,site,sick\n" + "".join(
-    f"{20 + i if i % 7 else '?'},{('red', 'blue')[i % 2]},"
-    f"{('north', 'south')[i % 3 == 0]},{('no', 'yes')[i % 2]}\n"
+    f"{20 + i if i % 7 else '?'},{('red', 'blue')[i % 2]},{('north', 'south')[i % 3 == 0]},{('no', 'yes')[i % 2]}\n"
     for i in range(40)
 )
 TABLE_CONFIG = {
@@ -400,9 +399,7 @@ class TestHeart:
         both = np.concatenate([split.train.natural, split.test.natural])
         np.testing.assert_array_equal(np.bincount(both), [303, 294, 123, 200])
         sick = np.bincount(both, weights=np.concatenate([split.train.y, split.test.y]))
-        np.testing.assert_array_equal(
-            sick, [139, 106, 115, 149]
-        )  # the class distribution of heart-disease.names
+        np.testing.assert_array_equal(sick, [139, 106, 115, 149])  # the class distribution of heart-disease.names
         assert split.train.shape == (13,)
         # Every hospital has its fifth in the test set, and of each class.
         for hospital in range(4):
@@ -502,9 +499,7 @@ class TestHub:
         def opener(config):
             return lambda name: FakeSplit({"f": [1.0, 2.0, 3.0], "label": [0, 1, 1]}, ["no", "yes", "who"])
 
-        records = read_hub(
-            DataConfig(source="hf", hub="s", hub_input=None, hub_splits=("train", None)), opener
-        )
+        records = read_hub(DataConfig(source="hf", hub="s", hub_input=None, hub_splits=("train", None)), opener)
         np.testing.assert_array_equal(records.train.x[:, 0], [1, 2, 3])
         assert records.class_names == ("no", "yes", "who")  # nobody holds `who`
         assert records.test is None
@@ -544,9 +539,7 @@ class TestHub:
 
             return open_split
 
-        with pytest.raises(
-            DataError, match=r"split `train` of `s` is not to be had \(offline\).*data.download"
-        ):
+        with pytest.raises(DataError, match=r"split `train` of `s` is not to be had \(offline\).*data.download"):
             read_hub(DataConfig(source="hf", hub="s"), opener)
 
     def test_without_the_extra(self, monkeypatch):

@@ -50,9 +50,7 @@ def make_run(
         "class_names": [str(index) for index in range(classes)],
         "client_names": names,
         "architectures": architectures,
-        "proxy": {"name": "held-out", "identity": "ab" * 32, "size": 500, "bytes": proxy_bytes}
-        if proxy
-        else None,
+        "proxy": {"name": "held-out", "identity": "ab" * 32, "size": 500, "bytes": proxy_bytes} if proxy else None,
     }
     settings = {
         "name": name,

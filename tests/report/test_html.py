@@ -60,9 +60,7 @@ def check(path: Path) -> _Balance:
     assert "url(" not in text
     assert "@import" not in text
     assert not {"script", "link", "iframe", "img", "object", "embed"} & set(page.tags)
-    assert not [
-        name for name, _ in page.attributes if name.startswith("on") or name in {"src", "href", "xlink:href"}
-    ]
+    assert not [name for name, _ in page.attributes if name.startswith("on") or name in {"src", "href", "xlink:href"}]
     assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<pre.*?</pre>", "", text, flags=re.S))
     return page
 
@@ -224,9 +222,7 @@ def test_a_sweep_without_runs(write_sweep: WriteRun) -> None:
         write_report(write_sweep([{"overrides": {"seed": 1}, "started": False}]))
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.31, 0.94), (3, 4001), (0, 1e-7), (-2, 2), (0, 7.3e9), (0.1, 0.3)]
-)
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.94), (3, 4001), (0, 1e-7), (-2, 2), (0, 7.3e9), (0.1, 0.3)])
 def test_ticks_are_few_and_within(low: float, high: float) -> None:
     found = svg.ticks(low, high)
     assert 2 <= len(found) <= 8

@@ -62,9 +62,7 @@ def test_without_a_summary_the_rounds_tell_the_same(write_run: WriteRun) -> None
     assert [client.name for client in part.clients] == [client.name for client in whole.clients]
 
 
-@pytest.mark.parametrize(
-    "tail", [b'{"round": 8, "asked": 6, "stud', b"\x00\x00\x00\x00", b'{"round": 8, "x": "\xff']
-)
+@pytest.mark.parametrize("tail", [b'{"round": 8, "asked": 6, "stud', b"\x00\x00\x00\x00", b'{"round": 8, "x": "\xff'])
 def test_a_last_line_cut_short_is_dropped(write_run: WriteRun, tail: bytes) -> None:
     folder = write_run(rounds=8, summary=False)
     with (folder / "rounds.jsonl").open("ab") as file:
