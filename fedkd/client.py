@@ -87,6 +87,9 @@ def _begin(
     site: Site, card: Card, request: Request, kept: Kept, head: Heading, shared: dict[tuple[str, str], Records]
 ) -> _Turn:
     state = kept.state if kept.state is not None else site.new_device(card)
+    if kept.state is not None and card.gradients and not set(site.method.roles) <= state.models.keys():
+        # Roles that a device does not keep start as on a new device, should the server have no model to adopt.
+        state = replace(state, models={**site.new_device(card).models, **state.models})
     heard = Heard(knowledge=head.knowledge, memory=state.memory, round=head.round)
     if card.gradients:
         state = site.method.start(state, heard, _DeviceTools(site, card, head.round))

@@ -25,6 +25,7 @@ class _Situation:
     mask: Tensor | None = None
     generators: list[torch.Generator] | None = None
     sizes: list[int] | None = None
+    anchor: Tensor | None = None
 
 
 _SITUATION = _Situation()
@@ -32,17 +33,26 @@ _SITUATION = _Situation()
 
 @contextlib.contextmanager
 def situation(
-    *, mask: Tensor | None, generators: list[torch.Generator] | None = None, sizes: list[int] | None = None
+    *,
+    mask: Tensor | None,
+    generators: list[torch.Generator] | None = None,
+    sizes: list[int] | None = None,
+    anchor: Tensor | None = None,
 ) -> Iterator[None]:
-    """Tell the layers which records are real (``mask`` [B], 1 or 0; None if all are) and whose random streams to use."""
-    before = (_SITUATION.mask, _SITUATION.generators, _SITUATION.sizes)
+    """Tell the layers which records are real (``mask`` [B], 1 or 0; None if all are) and whose random streams to use.
+
+    ``anchor`` is any tensor that differs from device to device of a stack: by it dropout knows of the stack even where
+    its input is one tensor for all, such as a proxy batch.
+    """
+    before = (_SITUATION.mask, _SITUATION.generators, _SITUATION.sizes, _SITUATION.anchor)
     _SITUATION.mask = mask
     _SITUATION.generators = _SITUATION.generators if generators is None else generators
     _SITUATION.sizes = _SITUATION.sizes if sizes is None else sizes
+    _SITUATION.anchor = _SITUATION.anchor if anchor is None else anchor
     try:
         yield
     finally:
-        _SITUATION.mask, _SITUATION.generators, _SITUATION.sizes = before
+        _SITUATION.mask, _SITUATION.generators, _SITUATION.sizes, _SITUATION.anchor = before
 
 
 # ---- convolution ----------------------------------------------------------------------------------------------------
@@ -194,7 +204,7 @@ class _KeyedDropout(torch.autograd.Function):
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, p: float, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
         keep = _keep(x, p, 0)
         return x * keep, keep
 
@@ -204,11 +214,13 @@ class _KeyedDropout(torch.autograd.Function):
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.saved_tensors[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] * ctx.saved_tensors[0], None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, p: float) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, p: float, anchor: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         keep = torch.stack([_keep(x[k], p, k) for k in range(info.batch_size)])
         out = cast("tuple[Tensor, Tensor]", _StackedDropout.apply(x, keep))
@@ -234,7 +246,8 @@ def _keep(x: Tensor, p: float, client: int) -> Tensor:
     rows = x.shape[0] if sizes is None or sizes[client] > x.shape[0] else sizes[client]
     draw = torch.rand((rows, *x.shape[1:]), generator=streams[client], dtype=torch.float32)
     keep = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    keep[:rows] = (draw >= p).to(keep) / (1 - p)
+    if p < 1:
+        keep[:rows] = (draw >= p).to(keep) / (1 - p)
     return keep
 
 
@@ -244,7 +257,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return input
-        return cast("tuple[Tensor, Tensor]", _KeyedDropout.apply(input, self.p))[0]
+        return cast("tuple[Tensor, Tensor]", _KeyedDropout.apply(input, self.p, _SITUATION.anchor))[0]
 
 
 # ---- swapping -------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def read_request(site: Site, card: Card, body: bytes, reference: Payload | None 
     ask = _expand(payload.parts.get("ask"), size)
     if envelope.ids != ids_hash(ask):
         raise PayloadError("ids", "the proxy indices asked for do not match their hash")
-    return Heading(envelope.round, envelope.run, payload.parts["knowledge"], teach, ask, payload)
+    return Heading(envelope.round, envelope.run, site.widen(payload.parts["knowledge"]), teach, ask, payload)
 
 
 def _known_samples(site: Site) -> int:

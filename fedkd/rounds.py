@@ -215,7 +215,7 @@ class Rounds:
         payload, envelope = codec.decode(body, self.site.contract_up(card, len(ask)), reference, expected=expected)
         if codec.needs_reference:
             progress.answers_kept[client] = (round, payload)
-        return Answer(card=card, payload=payload, examples=envelope.examples)
+        return Answer(card=card, payload=self.site.widen(payload), examples=envelope.examples)
 
     def _close(
         self, progress: Progress, round: int, ask: NDArray[np.int64], accepted: dict[int, Answer], abstained: int

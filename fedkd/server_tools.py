@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkd.algorithms.base import Batch, Tensors
 from fedkd.engines.base import fit, set_mode
@@ -29,7 +29,7 @@ class Tools:
     def __init__(self, site: Site, round: int, asked: np.ndarray) -> None:
         self._site, self._round = site, round
         self.asked = asked
-        self.classes = site.classes
+        self.classes, self.shape = site.classes, site.shape
 
     def seed(self, *labels: str | int) -> int:
         """Return the seed of this round's stream named by ``labels``."""
@@ -48,6 +48,10 @@ class Tools:
         bound = self._site.architecture(architecture)
         set_mode({"model": bound}, training)
         return Net({"model": bound}, {"model": weights}, chunk=1024)
+
+    def module(self, architecture: str, weights: Tensors) -> nn.Module:
+        """Return a real module with a copy of these weights, for hooks and training loops of a method's own."""
+        return self._site.architecture(architecture).module(weights)
 
     @torch.no_grad()
     def logits(self, models: Sequence[tuple[str, Tensors]], indices: np.ndarray) -> Iterator[Tensor]:

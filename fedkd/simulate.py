@@ -347,7 +347,8 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     failed = [row for row in rows if row["failed"]]
     if failed:
         notes.append(
-            f"{len(failed)} of {len(rows)} rounds failed, the first in round {failed[0]['round']}: {failed[0]['failed']}"
+            f"{len(failed)} of {len(rows)} rounds failed, the first in round {failed[0]['round']}: "
+            f"{failed[0]['failed']}"
         )
     refused = [q for row in rows for q in row["quarantined"]]
     if refused:
@@ -382,7 +383,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Return the revision of the checkout that the library runs from, with ``+`` if it was changed; None outside one."""
+    """Return the revision of the checkout that the library runs from, with ``+`` if changed; None outside one."""
     here = Path(__file__).parent
     try:
         if not (here.parent / ".git").exists():

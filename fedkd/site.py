@@ -19,7 +19,7 @@ from fedkd.data import Dataset, Federation, ProxySet, prepare
 from fedkd.errors import ConfigError
 from fedkd.experiment import Experiment
 from fedkd.models import Architecture
-from fedkd.payloads import Bundle, Contract, Nothing, ProxyIndices, Weights
+from fedkd.payloads import Bundle, Contract, Nothing, Payload, ProxyIndices, Weights
 from fedkd.privacy.mechanisms import Mechanism, NoPrivacy
 from fedkd.records import Pool, Records, records
 from fedkd.seeding import key
@@ -126,14 +126,18 @@ class Site:
         """Return the sizes that bind the contracts with one device."""
         if not card.gradients:
             return Shapes(samples=samples, classes=self.classes, features=None, weights=None)
-        if card.architecture not in self._templates:
-            self._templates[card.architecture] = self.initial(card.architecture, "shape")
         return Shapes(
             samples=samples,
             classes=self.classes,
             features=self.architecture(card.architecture).features,
-            weights=self._templates[card.architecture],
+            weights=self._template(card.architecture),
+            shared=self._template(self.experiment.models.student) if SHARED_ROLE in self.method.roles else None,
         )
+
+    def _template(self, architecture: str) -> Mapping[str, Tensor]:
+        if architecture not in self._templates:
+            self._templates[architecture] = self.initial(architecture, "shape")
+        return self._templates[architecture]
 
     def contract_up(self, card: Card, samples: int) -> Contract:
         """What the server accepts from a device."""
@@ -151,6 +155,10 @@ class Site:
             indices = Contract.of(ProxyIndices, {"C": len(self.proxy)})
             parts |= {"teach": indices, "ask": indices}
         return Contract.bundle(parts)
+
+    def widen(self, payload: Payload) -> Payload:
+        """Return a decoded payload with its floats in the run's dtype: a codec may carry fewer or more bits."""
+        return payload.map(lambda t: t.to(self.dtype) if t.is_floating_point() else t)
 
     # ---- checks -----------------------------------------------------------------------------------------------------
     def _card(self, client: int) -> Card:
@@ -172,17 +180,20 @@ class Site:
         for card in self.cards:
             if not card.gradients and not method.predictors:
                 raise ConfigError(
-                    f"device {card.id} runs {card.architecture!r}, which only answers predict_proba; {method.name} needs "
-                    "torch models. Methods for such clients exchange labels: see `fedkd methods`"
+                    f"device {card.id} runs {card.architecture!r}, which only answers predict_proba; {method.name} "
+                    "needs torch models. Methods for such clients exchange labels: see `fedkd methods`"
                 )
             if card.gradients and method.features and self.architecture(card.architecture).features is None:
                 raise ConfigError(
-                    f"{method.name} reads features, so that model {card.architecture!r} needs attributes `body` and `head`"
+                    f"{method.name} reads features, so that model {card.architecture!r} needs attributes `body` and "
+                    "`head`"
                 )
+        method.check({c.architecture: self.architecture(c.architecture) for c in self.cards if c.gradients})
         widths = {self.architecture(c.architecture).features for c in self.cards if c.gradients}
         if method.features and len(widths) > 1:
             raise ConfigError(
-                f"{method.name} compares features between devices, so that they need one width; got {sorted(map(str, widths))}"
+                f"{method.name} compares features between devices, so that they need one width; got "
+                f"{sorted(map(str, widths))}"
             )
         for where, way, kind in (("up", self.codec_up, method.upload), ("down", self.codec_down, method.download)):
             if kind not in (Nothing, Bundle) and not way.supports(kind):

@@ -82,8 +82,8 @@ class Optimizer:
             names = ["first", "second"]
         state = {f"{slot}/{name}": torch.zeros_like(p) for slot in names for name, p in params.items()}
         if names:
-            any_param = next(iter(params.values()))
-            state["steps"] = torch.zeros([] if stack is None else [stack], dtype=any_param.dtype)
+            # In float32 1 - 0.999^t would be off by 1e-4 in the first steps.
+            state["steps"] = torch.zeros([] if stack is None else [stack], dtype=torch.float64)
         return state
 
     @torch.no_grad()
@@ -130,5 +130,5 @@ class Optimizer:
 def _wide(value: Any, like: Tensor) -> Any:
     """View a per-model value [K] so that it broadcasts against a stacked tensor [K, ...]."""
     if isinstance(value, Tensor) and value.dim() == 1:
-        return value.view(-1, *(1,) * (like.dim() - 1))
+        return value.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
     return value

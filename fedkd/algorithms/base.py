@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkd.payloads import Contract, Nothing, Payload, Weights
 
 if TYPE_CHECKING:
+    from fedkd.models import Architecture
     from fedkd.nets import Net
 
 Tensors = Mapping[str, Tensor]
@@ -144,12 +145,16 @@ class Answers(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Sizes that bind a contract: N proxy samples asked or taught, C classes, D feature width, and model tensors."""
+    """Sizes that bind a contract: N proxy samples asked or taught, C classes, D feature width, and model tensors.
+
+    ``weights`` are those of the device's own architecture, ``shared`` those of the role ``shared``, where there is one.
+    """
 
     samples: int
     classes: int
     features: int | None
     weights: Tensors | None
+    shared: Tensors | None = None
 
     @property
     def dims(self) -> dict[str, int]:
@@ -163,11 +168,13 @@ class ServerTools(Protocol):
 
     asked: np.ndarray
     classes: int
+    shape: tuple[int, ...]
 
     def seed(self, *labels: str | int) -> int: ...
     def initial(self, architecture: str, *labels: str | int) -> Tensors: ...
     def public(self, indices: np.ndarray) -> Tensor: ...
     def net(self, architecture: str, weights: Tensors, *, training: bool = False) -> Net: ...
+    def module(self, architecture: str, weights: Tensors) -> nn.Module: ...
     def logits(self, models: Sequence[tuple[str, Tensors]], indices: np.ndarray) -> Iterator[Tensor]: ...
     def train(
         self,
@@ -222,6 +229,14 @@ class Algorithm(ABC):
     weighted: ClassVar[bool] = False
     stackable: ClassVar[bool] = True
     codecs: ClassVar[tuple[str, str]] = ("auto", "auto")
+
+    def check(self, architectures: Mapping[str, Architecture]) -> None:
+        """Refuse device models that lack what the method needs, before anything is trained.
+
+        Raises:
+            ConfigError: naming the model and what it lacks.
+        """
+        return None
 
     # ---- server -> device -------------------------------------------------------------------------------------------
     def begin(self, server: ServerState, tools: ServerTools) -> ServerState:

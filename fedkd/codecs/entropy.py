@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, final
 
-import constriction  # type: ignore[import-untyped]
+import constriction
 import numpy as np
 from numpy.typing import NDArray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -146,22 +147,32 @@ def fit(
     net = Net(architectures, nested({**params, **rest}))
     total, done = torch.zeros([]), 0
     set_mode(architectures, True)
-    for t in range(plan.steps):
-        size = int(plan.sizes[t])
-        positions = torch.from_numpy(plan.index[t, :size])
-        x = data.inputs(positions)
-        batch = Batch(
-            x=x, y=data.labels(positions), index=positions, weight=torch.full((size,), 1 / size, dtype=x.dtype)
-        )
-        with situation(mask=None, generators=[stream] if stream is not None else None):
-            value = loss(net, batch)
-        grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
-        optimizer.step(params, grads, state, float(rate[t]))
-        total, done = total + value.detach(), done + 1
-        if stop is not None and stop(t, net):
-            break
+    with _own_randomness(stream):
+        for t in range(plan.steps):
+            size = int(plan.sizes[t])
+            positions = torch.from_numpy(plan.index[t, :size])
+            x = data.inputs(positions)
+            batch = Batch(
+                x=x, y=data.labels(positions), index=positions, weight=torch.full((size,), 1 / size, dtype=x.dtype)
+            )
+            with situation(mask=None, generators=[stream] if stream is not None else None):
+                value = loss(net, batch)
+            grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+            optimizer.step(params, grads, state, float(rate[t]))
+            total, done = total + value.detach(), done + 1
+            if stop is not None and stop(t, net):
+                break
     final = {k: v.detach() for k, v in {**params, **rest}.items()}
     return nested(final), state, float(total / done) if done else float("nan")
+
+
+@contextlib.contextmanager
+def _own_randomness(stream: torch.Generator | None) -> Iterator[None]:
+    """Key torch's global stream to the device, for models that draw from it by themselves (``F.dropout``, noise)."""
+    with torch.random.fork_rng(devices=[]):
+        if stream is not None:
+            torch.manual_seed(stream.initial_seed())
+        yield
 
 
 class SerialEngine(Engine):
@@ -172,13 +183,15 @@ class SerialEngine(Engine):
             data = self.records(phase, task)
             if data is None or len(data) == 0:
                 continue
-            settings = self.settings(phase)
+            settings, plan = self.settings(phase), self.deal(phase, task, len(data))
+            if plan.steps == 0:
+                continue
             models, optimizer, mean = fit(
                 self.site.architectures_of(task.card),
                 task.state.models,
                 lambda net, batch, task=task: phase.loss(net, batch, task.heard),  # type: ignore[misc]
                 data,
-                self.deal(phase, task, len(data)),
+                plan,
                 settings,
                 round=task.heard.round,
                 trains=phase.trains,

@@ -94,18 +94,20 @@ class StackedEngine(Engine):
                 batched["weight"] = mask.to(self.site.dtype) / torch.from_numpy(size).to(self.site.dtype)[:, None]
             else:
                 batch["weight"] = torch.full((wide,), 1 / wide, dtype=self.site.dtype)
+            sizes_now = size.tolist()
             live = {k: v[:active].detach().requires_grad_(True) for k, v in params.items()}
             still = {k: v[:active] for k, v in rest.items()}
 
             def loss(
                 live: dict[str, Tensor], still: dict[str, Tensor], own: dict[str, Any], told: dict[str, Any],
-                batch: dict[str, Tensor] = batch, sizes: list[int] = size.tolist(),
+                batch: dict[str, Tensor] = batch, sizes: list[int] = sizes_now,
             ) -> Tensor:  # fmt: skip
                 given = {**batch, **own}
                 mask = given.pop("mask", None)
                 made = Batch(x=given["x"], y=given.get("y"), index=given["index"], weight=given["weight"])
                 net = Net(architectures, nested({**live, **still}))
-                with situation(mask=mask, generators=streams, sizes=sizes):
+                anchor = next(iter(live.values())).detach()
+                with situation(mask=mask, generators=streams, sizes=sizes, anchor=anchor):
                     return phase.loss(net, made, shared_heard(told))
 
             told = {k: v[:active] for k, v in heard.items()}
@@ -191,7 +193,7 @@ class StackedEngine(Engine):
             size = self.block_size(cards[members[0]].architecture)
             for start in range(0, len(members), size):
                 block = members[start : start + size]
-                if (cards[block[0]].architecture, "scores") in self._refused:
+                if not self._takes((cards[block[0]].architecture, "scores")):
                     yield from self._serial_scores(cards, states, x, block)
                     continue
                 try:
@@ -248,7 +250,7 @@ class StackedEngine(Engine):
         self, stage: str, block: list[Task], stacked: Callable[[list[Task]], Any], serial: Callable[[list[Task]], Any]
     ) -> Any:
         place = (block[0].card.architecture, stage)
-        if not self.method.stackable or place in self._refused:
+        if not self.method.stackable or not self._takes(place):
             return serial(block)
         try:
             return stacked(block)
@@ -256,7 +258,14 @@ class StackedEngine(Engine):
             self._refuse(place, cause)
             return serial(block)
 
-    def _refuse(self, place: tuple[str, str], cause: Exception) -> None:
+    def _takes(self, place: tuple[str, str]) -> bool:
+        """Tell whether devices of an architecture are stacked in a stage; say so once if they are not."""
+        reason = self.site.architecture(place[0]).unstackable
+        if reason is not None and place not in self._refused:
+            self._refuse(place, reason)
+        return place not in self._refused
+
+    def _refuse(self, place: tuple[str, str], cause: Exception | str) -> None:
         self._refused.add(place)
         reason = " ".join(str(cause).split())[:200]
         warnings.warn(f"{place[0]} cannot be stacked in `{place[1]}`, looped instead: {reason}", Fallback, stacklevel=2)

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from fedkd.errors import ConfigError
-from fedkd.layers import prepare
+from fedkd.layers import BatchNorm1d, BatchNorm2d, prepare
 from fedkd.models.registry import REGISTRY
 
 _SPEC = re.compile(r"^(?P<name>[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?)(\((?P<options>.*)\))?$")
@@ -47,6 +47,7 @@ class Architecture:
         gradients: False for an object with ``predict_proba`` that torch cannot differentiate.
         features: width D of the feature layer, or None where the model does not split into body and head.
         trainable: names of the parameters; the other tensors are buffers.
+        unstackable: why devices of this architecture cannot be stacked, as far as its layers tell; None if they can.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], classes: int, dtype: torch.dtype) -> None:
@@ -56,9 +57,11 @@ class Architecture:
         self.gradients = isinstance(built, nn.Module)
         self.features: int | None = None
         self.trainable: tuple[str, ...] = ()
+        self.unstackable: str | None = None
         if isinstance(built, nn.Module):
             self.template = _Methods(prepare(built)).to(dtype)
             self.trainable = tuple(n.removeprefix("inner.") for n, _ in self.template.named_parameters())
+            self.unstackable = unstackable(self.template)
             self._check()
         elif not hasattr(built, "predict_proba"):
             raise ConfigError(
@@ -69,7 +72,19 @@ class Architecture:
         """Return a fresh model, its random weights drawn from ``seed`` (the caller's global stream is untouched)."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self._factory(self.shape, self.classes)
+            try:
+                model = self._factory(self.shape, self.classes)
+            except ConfigError:
+                raise
+            except Exception as cause:
+                reason = " ".join(str(cause).split())
+                raise ConfigError(
+                    f"model {self.name!r} cannot be built for inputs of shape {list(self.shape)}: {reason}"
+                ) from cause
+        # Without this scikit-learn draws from NumPy's global stream, and no run could be repeated.
+        if hasattr(model, "set_params") and model.get_params().get("random_state", 0) is None:
+            model.set_params(random_state=seed % 2**32)
+        return model
 
     def initial(self, seed: int) -> dict[str, Tensor]:
         """Return fresh parameters and buffers by name, in this architecture's dtype."""
@@ -88,6 +103,15 @@ class Architecture:
         return model
 
     def _check(self) -> None:
+        names: dict[int, list[str]] = {}
+        for n, parameter in self.template.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(n.removeprefix("inner."))
+        tied = next((n for n in names.values() if len(n) > 1), None)
+        if tied is not None:
+            raise ConfigError(
+                f"model {self.name!r} uses one weight under the names {' and '.join(tied)}: a model travels as tensors "
+                "by name, which would part them; call one layer twice instead"
+            )
         x = torch.zeros(2, *self.shape, dtype=self.dtype)
         self.template.eval()
         with torch.no_grad():
@@ -105,6 +129,16 @@ class Architecture:
             inner = self.template.inner
             if hasattr(inner, "body") and hasattr(inner, "head"):
                 self.features = int(self.template("body", x).flatten(1).shape[1])
+
+
+def unstackable(model: nn.Module) -> str | None:
+    """Return why the layers of ``model`` would see their neighbours' padding in a stack of devices, or None."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            ours = isinstance(module, BatchNorm1d | BatchNorm2d)
+            if not ours or module.running_mean is None:
+                return f"{type(module).__name__} takes statistics of the batch in a way that stacks do not know of"
+    return None
 
 
 def _resolve(name: str) -> Callable[[tuple[int, ...], int], Any]:
@@ -138,5 +172,6 @@ def _options(name: str, text: str | None) -> dict[str, Any]:
         options = yaml.safe_load("{" + body + "}")
     except yaml.YAMLError as cause:
         raise ConfigError(f"the options of model {name!r} cannot be read, expected (option=value, ...)") from cause
-    assert isinstance(options, dict)
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise ConfigError(f"the options of model {name!r} cannot be read, expected (option=value, ...)")
     return options

@@ -1,0 +1,181 @@
+"""Short methods that nobody should use: each asks of the interface something that a method to come will need."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedkd.aggregators import mean_weights
+from fedkd.algorithms.base import (
+    Algorithm,
+    Answers,
+    Batch,
+    Card,
+    DeviceState,
+    DeviceTools,
+    Heard,
+    Phase,
+    ServerState,
+    ServerTools,
+    Shapes,
+    View,
+    adopt,
+    with_model,
+)
+from fedkd.losses import cross_entropy, kl_divergence
+from fedkd.payloads import Bundle, Contract, LabelLogits, Payload, Weights
+
+if TYPE_CHECKING:
+    from fedkd.nets import Net
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Mutual(Algorithm):
+    """Like FML (Shen et al. 2020): a private model of any architecture and a shared one teach each other."""
+
+    name: ClassVar[str] = "mutual"
+    paper: ClassVar[str] = "draft"
+    upload: ClassVar[type[Payload]] = Weights
+    download: ClassVar[type[Payload]] = Weights
+    roles: ClassVar[tuple[str, ...]] = ("model", "shared")
+    keeps: ClassVar[tuple[str, ...]] = ("model",)
+    student: ClassVar[bool] = True
+    weighted: ClassVar[bool] = True
+
+    def begin(self, server: ServerState, tools: ServerTools) -> ServerState:
+        return replace(server, knowledge=Weights.from_tensors(server.models["student"][1]))
+
+    def contract_down(self, shapes: Shapes) -> Contract:
+        return Contract.of(Weights, shapes.dims, shapes.shared)
+
+    def contract_up(self, shapes: Shapes) -> Contract:
+        return Contract.of(Weights, shapes.dims, shapes.shared)
+
+    def start(self, state: DeviceState, heard: Heard, tools: DeviceTools) -> DeviceState:
+        return adopt(state, heard, "shared")
+
+    def plan(self, heard: Heard) -> tuple[Phase, ...]:
+        both = Phase(
+            name="mutual", data="private", loss=self.private_loss, settings="training", trains=("model", "shared")
+        )
+        return (both,)
+
+    def private_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
+        own, shared = net(batch), net["shared"](batch)
+        loss = cross_entropy(own, batch.labels) + cross_entropy(shared, batch.labels)
+        loss = loss + kl_divergence(own, shared.detach().softmax(-1)) + kl_divergence(shared, own.detach().softmax(-1))
+        return batch.mean(loss)
+
+    def answer(self, net: Net, view: View, heard: Heard) -> Payload:
+        return Weights.from_tensors(net["shared"].weights)
+
+    def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
+        return Weights.from_tensors(mean_weights(answers, weighted=True))
+
+    def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
+        return with_model(server, "student", server.models["student"][0], knowledge.tensors())
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Personal(Algorithm):
+    """Each device is told its own number, and tells how often it was told so: a message and a memory of its own."""
+
+    name: ClassVar[str] = "personal"
+    paper: ClassVar[str] = "draft"
+    upload: ClassVar[type[Payload]] = LabelLogits
+    download: ClassVar[type[Payload]] = LabelLogits
+
+    def audience(self, card: Card) -> Hashable:
+        return card.id
+
+    def broadcast(self, server: ServerState, card: Card) -> Payload:
+        return LabelLogits(logits=torch.full((10, 10), float(card.id)), held=torch.ones(10))
+
+    def start(self, state: DeviceState, heard: Heard, tools: DeviceTools) -> DeviceState:
+        return replace(state, memory={"told": state.memory.get("told", torch.zeros(())) + 1})
+
+    def answer(self, net: Net, view: View, heard: Heard) -> Payload:
+        assert isinstance(heard.knowledge, LabelLogits)
+        return LabelLogits(logits=100 * heard.memory["told"] + heard.knowledge.logits, held=heard.knowledge.held)
+
+    def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
+        return Bundle(parts={str(answer.card.id): answer.payload for answer in answers})
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class WithGenerator(Algorithm):
+    """Like FedGen (Zhu et al. 2021): weights and a generator of features go down together, weights come up."""
+
+    name: ClassVar[str] = "with_generator"
+    paper: ClassVar[str] = "draft"
+    upload: ClassVar[type[Payload]] = Weights
+    download: ClassVar[type[Payload]] = Bundle
+    heterogeneous: ClassVar[bool] = False
+    features: ClassVar[bool] = True
+    keeps: ClassVar[tuple[str, ...]] = ()
+    student: ClassVar[bool] = True
+
+    width: int = 16  # D of the model's features
+
+    def begin(self, server: ServerState, tools: ServerTools) -> ServerState:
+        rng = torch.Generator().manual_seed(tools.seed("generator"))
+        first = next(iter(server.models["student"][1].values()))
+        maker = {"matrix": torch.randn(tools.classes, self.width, generator=rng, dtype=first.dtype)}
+        return self._speak(replace(server, memory=maker))
+
+    def _speak(self, server: ServerState) -> ServerState:
+        parts = {
+            "model": Weights.from_tensors(server.models["student"][1]),
+            "maker": Weights.from_tensors(server.memory),
+        }
+        return replace(server, knowledge=Bundle(parts=parts))
+
+    def contract_down(self, shapes: Shapes) -> Contract:
+        maker = {"matrix": torch.zeros(shapes.classes, self.width)}
+        return Contract.bundle(
+            {
+                "model": Contract.of(Weights, shapes.dims, shapes.weights),
+                "maker": Contract.of(Weights, shapes.dims, maker),
+            }
+        )
+
+    def start(self, state: DeviceState, heard: Heard, tools: DeviceTools) -> DeviceState:
+        assert isinstance(heard.knowledge, Bundle)
+        return replace(state, models={"model": heard.knowledge.parts["model"].tensors()})
+
+    def private_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
+        assert isinstance(heard.knowledge, Bundle)
+        made = F.relu(heard.knowledge.parts["maker"].tensors()["matrix"])
+        synthetic = cross_entropy(net.head(made), torch.arange(len(made))).mean()
+        return batch.mean(cross_entropy(net(batch), batch.labels)) + 0.1 * synthetic
+
+    def answer(self, net: Net, view: View, heard: Heard) -> Payload:
+        return Weights.from_tensors(net.weights)
+
+    def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
+        return Weights.from_tensors(mean_weights(answers, weighted=False))
+
+    def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
+        server = with_model(server, "student", server.models["student"][0], knowledge.tensors())
+        return self._speak(replace(server, memory={"matrix": server.memory["matrix"] * 0.9}))
+
+
+class DropsInputs(torch.nn.Module):
+    """A user's model whose first layer is dropout: on proxy samples it sees one tensor for all devices."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.3), torch.nn.Linear(shape[-1] ** 2, 16))
+        self.head = torch.nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out

@@ -1,0 +1,58 @@
+"""What the documentation shows works as it stands."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedkd import simulate
+from fedkd.cli.main import app
+from fedkd.experiment import validate
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_method_of_the_guide_runs_on_both_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/write-a-method.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code
+    (tmp_path / "mymethod.py").write_text(code[1])
+    spec = importlib.util.spec_from_file_location("mymethod", tmp_path / "mymethod.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mymethod", module)
+    spec.loader.exec_module(module)
+    accuracy = []
+    for kind in ("serial", "stacked"):
+        experiment = validate(
+            {
+                "algorithm": {"name": "mymethod:Confident", "power": 3},
+                "dtype": "float64",
+                "rounds": 4,
+                "runner": {"kind": kind},
+                "evaluation": {"local_only": False},
+            }
+        )
+        accuracy.append(simulate.start(experiment, tmp_path / kind).summary["accuracy"]["student"])
+    assert accuracy[0] == accuracy[1] > 0.2
+
+
+def test_the_commands_that_the_readme_names_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    commands = {
+        w[1] for line in re.findall(r"^fedkd .*$", text, re.MULTILINE) if len(w := shlex.split(line, comments=True)) > 1
+    }
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} | {"config"}
+    assert commands and commands <= known
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#:]+)\)", prose):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,99 @@
+"""Models and learners as a user might bring them, for tests that name them by import path."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def tiny(shape: tuple[int, ...], classes: int, width: int = 4) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(shape)), width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def wrong_width(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return tiny(shape, classes + 1)
+
+
+def no_model(shape: tuple[int, ...], classes: int) -> Any:
+    return {"not": "a model"}
+
+
+def fails(shape: tuple[int, ...], classes: int) -> nn.Module:
+    raise ValueError("needs a licence")
+
+
+class Tied(nn.Module):
+    """Two names for one weight."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        width = int(np.prod(shape))
+        self.first, self.second, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, classes)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(F.relu(self.second(F.relu(self.first(x.flatten(1))))))
+        return out
+
+
+class OwnNoise(nn.Module):
+    """Draws from torch's global stream, as `F.dropout` does."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(int(np.prod(shape)), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(F.dropout(x.flatten(1), 0.3, self.training))
+        return out
+
+
+class OddNorm(nn.Module):
+    """Batch statistics that the library's layers know nothing of."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm3d(1)
+        self.out = nn.Linear(int(np.prod(shape)), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.norm(x[:, :, None]).flatten(1))
+        return out
+
+
+class Unlucky:
+    """A learner that cannot take few records."""
+
+    def fit(self, x: NDArray[Any], y: NDArray[Any]) -> Self:
+        if len(y) < 12:
+            raise ValueError("too few records")
+        self.inner = LogisticRegression(max_iter=50).fit(x, y)
+        self.classes_ = self.inner.classes_
+        return self
+
+    def predict_proba(self, x: NDArray[Any]) -> NDArray[Any]:
+        found: NDArray[Any] = self.inner.predict_proba(x)
+        return found
+
+
+class TopLabel:
+    """Without gradients and without probabilities: the label of the nearest class mean, as one-hot rows."""
+
+    def fit(self, x: NDArray[Any], y: NDArray[Any]) -> Self:
+        self.classes_ = np.unique(y)
+        self.means = np.stack([x[y == c].mean(0) for c in self.classes_])
+        return self
+
+    def predict_proba(self, x: NDArray[Any]) -> NDArray[Any]:
+        distance = ((x[:, None, :] - self.means[None]) ** 2).sum(-1)
+        return np.eye(len(self.classes_))[distance.argmin(1)]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
