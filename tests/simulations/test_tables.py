@@ -1,0 +1,47 @@
+"""The benchmark and paper commands run, in their small form, and every experiment of the tree is valid."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedkd.experiment import load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    for name in [n for n in sys.modules if n.split(".")[0] == "simulations"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("simulations/**/*.yaml")), ids=lambda p: p.stem)
+def test_every_experiment_is_valid(path: Path) -> None:
+    ((varying, experiment),) = load(path)
+    assert varying == {} and experiment.method.name
+
+
+def test_the_methods_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from simulations.benchmarks.methods import POINTS, main
+
+    words = ["--small", "--seeds", "1,2", "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "m.json")]
+    main([*words, "--picture", str(tmp_path / "m.svg")])
+    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert list(rows) == list(POINTS) and (tmp_path / "m.svg").is_file()
+    for row in rows.values():
+        assert row["clients_mean"]["per_seed"] and len(row["clients_mean"]["per_seed"]) == 2
+    assert rows["cfd"]["bytes_up_per_device"] < rows["cfd-float32"]["bytes_up_per_device"]
+    assert "cfd-float32" in capsys.readouterr().out
+
+
+def test_the_papers_command_runs(tmp_path: Path) -> None:
+    from simulations.papers.run import TABLES, main
+
+    main(["all", "--small", "--seeds", "1", "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "p.json")])
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert set(rows) == {row[0] for table in TABLES.values() for row in table}
