@@ -175,17 +175,6 @@ def _own_randomness(stream: torch.Generator | None) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _own_randomness(stream: torch.Generator | None) -> Iterator[None]:
-    """Seed torch's global stream for a user's model that draws from it, such as by ``F.dropout``; undone at the end."""
-    if stream is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream.initial_seed())
-        yield
-
-
 class SerialEngine(Engine):
     """One device after the other, each by plain loops: the oracle that other engines must equal."""
 
