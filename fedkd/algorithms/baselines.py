@@ -18,6 +18,7 @@ class Local(Algorithm):
 
     name: ClassVar[str] = "local"
     paper: ClassVar[str] = "baseline"
+    predictors: ClassVar[bool] = True
 
 
 @final
