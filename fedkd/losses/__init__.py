@@ -1,6 +1,27 @@
-"""Losses as pure functions of tensors. They return one value per record [B]; take the mean with ``batch.mean``."""
+"""Losses as pure functions of tensors.
 
+Functions return one value per record [B]; take the mean with ``batch.mean``. Classes are the published losses, each a
+frozen function that returns a scalar: see :class:`fedkd.losses.base.Loss`.
+"""
+
+from fedkd.losses.base import Loss, TrainedLoss
+from fedkd.losses.contrastive import CRD, InfoNCE
+from fedkd.losses.feature import AttentionTransfer, FitNet, ReviewKD
+from fedkd.losses.relation import (
+    CorrelationCongruence,
+    ProbabilisticTransfer,
+    RKDAngle,
+    RKDDistance,
+    SimilarityPreserving,
+)
 from fedkd.losses.response import (
+    DIST,
+    DKD,
+    KD,
+    BetaJensenShannon,
+    CrossEntropy,
+    LogitRegression,
+    LogitStandardisedKD,
     absolute_error,
     cross_entropy,
     entropy,
@@ -9,4 +30,52 @@ from fedkd.losses.response import (
     squared_error,
 )
 
-__all__ = ["absolute_error", "cross_entropy", "entropy", "kl_divergence", "soft_cross_entropy", "squared_error"]
+LOSSES: dict[str, type[Loss]] = {
+    "ce": CrossEntropy,
+    "kd": KD,
+    "logits": LogitRegression,
+    "dkd": DKD,
+    "dist": DIST,
+    "lskd": LogitStandardisedKD,
+    "beta_js": BetaJensenShannon,
+    "fitnet": FitNet,
+    "at": AttentionTransfer,
+    "reviewkd": ReviewKD,
+    "rkd_distance": RKDDistance,
+    "rkd_angle": RKDAngle,
+    "sp": SimilarityPreserving,
+    "pkt": ProbabilisticTransfer,
+    "cc": CorrelationCongruence,
+    "crd": CRD,
+    "infonce": InfoNCE,
+}
+"""Losses by the short names that experiments use."""
+
+__all__ = [
+    "CRD",
+    "DIST",
+    "DKD",
+    "KD",
+    "LOSSES",
+    "AttentionTransfer",
+    "BetaJensenShannon",
+    "CorrelationCongruence",
+    "CrossEntropy",
+    "FitNet",
+    "InfoNCE",
+    "LogitRegression",
+    "LogitStandardisedKD",
+    "Loss",
+    "ProbabilisticTransfer",
+    "RKDAngle",
+    "RKDDistance",
+    "ReviewKD",
+    "SimilarityPreserving",
+    "TrainedLoss",
+    "absolute_error",
+    "cross_entropy",
+    "entropy",
+    "kl_divergence",
+    "soft_cross_entropy",
+    "squared_error",
+]

@@ -1,0 +1,142 @@
+"""Losses that tell a record's own teacher features from those of other records."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedkd.losses.base import Loss, Reads, TrainedLoss, rows, same_shape, unit
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class InfoNCE(Loss):
+    """-log of the softmax share of a record's own teacher features among the batch's.
+
+    A. van den Oord, Y. Li, O. Vinyals, "Representation Learning with Contrastive Predictive Coding", 2018,
+    https://arxiv.org/abs/1807.03748, eq. (4), on cosines / temperature. ``symmetric``: the mean of both directions.
+    """
+
+    reads: ClassVar[Reads] = "features"
+    aligned: ClassVar[bool] = True
+    paper: ClassVar[str] = "van den Oord et al. 2018"
+
+    temperature: float = 0.1
+    symmetric: bool = True
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        same_shape(self, student, teacher)
+        s, w = rows(student, weight)
+        t, _ = rows(teacher, weight)
+        scores = unit(s) @ unit(t).T / self.temperature
+        absent = (w == 0).unsqueeze(0)
+        lowest = torch.finfo(scores.dtype).min
+        forward = (scores.masked_fill(absent, lowest).log_softmax(1).diagonal() * w).sum()
+        if not self.symmetric:
+            return -forward
+        backward = (scores.T.masked_fill(absent, lowest).log_softmax(1).diagonal() * w).sum()
+        return -(forward + backward) / 2
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CRD(TrainedLoss):
+    """Contrastive representation distillation: noise-contrastive estimation against two memory banks.
+
+    Y. Tian, D. Krishnan, P. Isola, "Contrastive Representation Distillation", ICLR 2020,
+    https://arxiv.org/abs/1910.10699, eq. (18)-(19): h = e / (e + K/N) with e = exp(g_s . g_t / tau) / Z; the loss is
+    -log h(own pair) - sum over K others of log(1 - h), in both directions. Banks follow by momentum, and Z is fixed by
+    the first batch (Wu et al. 2018, section 3.2). Others are records of other classes where labels are known.
+    Published: weight 0.8, K 16384, tau 0.07, momentum 0.5, 128 dimensions.
+    """
+
+    published_weight: ClassVar[float] = 0.8
+    paper: ClassVar[str] = "Tian et al. 2020"
+
+    negatives: int = 16384  # K
+    temperature: float = 0.07  # tau
+    momentum: float = 0.5
+    dimensions: int = 128
+    seed: int = 0  # of the banks' first content and the choice of others
+
+    def build(
+        self, student: tuple[torch.Size, ...], teacher: tuple[torch.Size, ...], records: int, classes: int
+    ) -> nn.Module:
+        if len(student) != 1 or len(teacher) != 1:
+            raise ValueError(f"CRD takes one tap of each model, got {len(student)} and {len(teacher)}")
+        return _Contrast(self, math.prod(student[0][1:]), math.prod(teacher[0][1:]), records)
+
+
+class _Contrast(nn.Module):
+    bank_student: Tensor
+    bank_teacher: Tensor
+    constants: Tensor
+    classes_seen: Tensor
+
+    def __init__(self, loss: CRD, student: int, teacher: int, records: int) -> None:
+        super().__init__()
+        self.loss, self.records = loss, records
+        self.student, self.teacher = nn.Linear(student, loss.dimensions), nn.Linear(teacher, loss.dimensions)
+        self.stream = torch.Generator().manual_seed(loss.seed)
+        bound = 1 / math.sqrt(loss.dimensions / 3)
+        for name in ("bank_student", "bank_teacher"):
+            start = (torch.rand(records, loss.dimensions, generator=self.stream) * 2 - 1) * bound
+            self.register_buffer(name, start)
+        self.register_buffer("constants", torch.full((2,), -1.0))  # Z of both directions
+        self.register_buffer("classes_seen", torch.full((records,), -1, dtype=torch.int64))
+
+    def forward(
+        self,
+        student: tuple[Tensor, ...],
+        teacher: tuple[Tensor, ...],
+        labels: Tensor | None,
+        index: Tensor,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        s = F.normalize(self.student(student[0].flatten(1)), dim=1)
+        t = F.normalize(self.teacher(teacher[0].flatten(1)), dim=1)
+        others = torch.randint(self.records, (len(index), self.loss.negatives), generator=self.stream)
+        allowed = others != index.unsqueeze(1)
+        if labels is not None:
+            self.classes_seen[index] = labels
+            allowed &= self.classes_seen[others] != labels.unsqueeze(1)
+        total = self._one_way(0, s, t, self.bank_teacher, index, others, allowed, weight)
+        total = total + self._one_way(1, t, s, self.bank_student, index, others, allowed, weight)
+        with torch.no_grad():
+            for bank, fresh in ((self.bank_student, s), (self.bank_teacher, t)):
+                mixed = self.loss.momentum * bank[index] + (1 - self.loss.momentum) * fresh.to(bank.dtype)
+                bank[index] = F.normalize(mixed, dim=1)
+        return total
+
+    def _one_way(
+        self,
+        way: int,
+        anchor: Tensor,
+        own: Tensor,
+        bank: Tensor,
+        index: Tensor,
+        others: Tensor,
+        allowed: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        """Anchor's own pair is the bank's entry of the same record; the others are the bank's too."""
+        tau = self.loss.temperature
+        mine = (anchor * bank[index].to(anchor.dtype)).sum(1) / tau
+        rest = torch.einsum("bd,bkd->bk", anchor, bank[others].to(anchor.dtype)) / tau
+        if float(self.constants[way]) < 0:
+            # Z makes e a share of the N records on average, so that h can be compared with chance.
+            self.constants[way] = rest.detach().exp().mean() * self.records
+        log_z = self.constants[way].to(anchor.dtype).log()
+        log_noise = math.log(self.loss.negatives / self.records)
+        mine, rest = mine - log_z - log_noise, rest - log_z - log_noise
+        # h = e / (e + K/N) is a sigmoid of log e - log(K/N).
+        missed = (F.logsigmoid(-rest) * allowed).sum(1)
+        values = -(F.logsigmoid(mine) + missed)
+        return values.mean() if weight is None else (values * weight).sum()
