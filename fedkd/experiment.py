@@ -18,6 +18,7 @@ from fedkd.algorithms.base import Algorithm
 from fedkd.codecs import codec as parse_codec
 from fedkd.data import DataConfig, PartitionConfig, ProxyConfig
 from fedkd.errors import ConfigError
+from fedkd.virtual.config import StalenessConfig
 
 MAX_SWEEP = 1000
 
@@ -89,6 +90,7 @@ class PopulationConfig(Section):
     )
     late: float = Field(0.0, ge=0, le=1, description="Chance that an answer comes after the round is closed.")
     minimum: int = Field(1, ge=1, description="Answers below which a round fails: its answers are discarded.")
+    staleness: StalenessConfig = StalenessConfig()
 
 
 class CodecConfig(Section):

@@ -1,9 +1,15 @@
-"""The only round loop: ask, validate, aggregate, teach, evaluate, record, save."""
+"""The only round loop: ask, validate, aggregate, teach, evaluate, record, save.
+
+*When* things happen is kept apart from *what* they are. A request under way is a flight. Without virtual time all
+flights of a round run at once and their answers come at once. In virtual time a heap of moments says which flight
+comes next to the end of its work, of its upload, or of its device's patience; flights that were asked meanwhile queue, and
+run as one block when the first of their results is needed.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,13 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkd.algorithms.base import Answer, ServerState
+from fedkd.algorithms.base import Algorithm, Answer, ServerState
 from fedkd.messages import Request, write_request
-from fedkd.payloads import Contract, Envelope, Nothing, Payload, PayloadError, ids_hash
+from fedkd.payloads import Bundle, Contract, Envelope, Nothing, Payload, PayloadError, ids_hash
 from fedkd.runners.base import Inspection, Runner, count_correct
 from fedkd.seeding import numpy_rng
 from fedkd.server_tools import Tools
 from fedkd.site import Site
+from fedkd.virtual.flights import Flight
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,10 @@ class Collected:
 
 @dataclass
 class Progress:
-    """Everything the server must remember to go on after ``state.round`` rounds."""
+    """Everything the server must remember to go on after ``state.round`` rounds.
+
+    ``flights``: requests under way, by client. ``clock``: the virtual second.
+    """
 
     state: ServerState
     bytes_up: int = 0
@@ -44,15 +54,47 @@ class Progress:
     answers_kept: dict[int, tuple[int, Payload]] = field(default_factory=dict)
     told: dict[str, tuple[int, Payload]] = field(default_factory=dict)
     heard: dict[int, int] = field(default_factory=dict)
+    flights: dict[int, Flight] = field(default_factory=dict)
+    clock: float = 0.0
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Who is asked in a round, who of them drops out before working, and whose answer comes too late."""
+    """Who is asked, who of them drops out (and after which share of the work), and whose answer comes too late."""
 
     asked: tuple[int, ...]
-    dropped: frozenset[int]
+    dropped: Mapping[int, float]
     late: frozenset[int]
+
+
+@dataclass
+class Open:
+    """A round that is open: what was asked, what has come so far, and what it cost.
+
+    ``seen``: devices that were asked or heard in this round; none is asked twice, so that (device, round) names an
+    answer, and none counts twice in an aggregate. ``bodies``: the messages written, by audience. ``told``: the same as
+    references for delta coding, valid from the next round on.
+    """
+
+    number: int
+    ask: NDArray[np.int64]
+    seen: set[int] = field(default_factory=set)
+    asked: int = 0
+    accepted: dict[int, Answer] = field(default_factory=dict)
+    staleness: list[int] = field(default_factory=list)
+    abstained: int = 0
+    dropped: int = 0
+    late: int = 0
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    up: int = 0
+    down: int = 0
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    bodies: dict[Hashable, tuple[bytes, Payload | None]] = field(default_factory=dict)
+    told: dict[str, tuple[int, Payload]] = field(default_factory=dict)
+
+    def refuse(self, client: int, reason: str, message: str) -> None:
+        """Note an answer that is of no use; the round goes on without it."""
+        self.quarantined.append({"client": client, "reason": reason, "message": message})
 
 
 class Rounds:
@@ -61,6 +103,15 @@ class Rounds:
     def __init__(self, site: Site, runner: Runner, run: str) -> None:
         self.site, self.runner, self.run = site, runner, run
         self.experiment, self.method = site.experiment, site.method
+        self.population = site.experiment.population
+        self.wanted = max(1, round_half_up(self.population.participation * len(site.cards)))
+        self._remembers = self.limit > 0 and type(self.method).catch_up is not Algorithm.catch_up
+
+    @property
+    def limit(self) -> float:
+        """The largest staleness of an answer that is used; 0: late answers are discarded."""
+        limit = self.population.staleness.limit
+        return 0 if limit is None else limit
 
     # ---- before and after -------------------------------------------------------------------------------------------
     def begin(self) -> Progress:
@@ -88,15 +139,16 @@ class Rounds:
         return progress
 
     # ---- one round --------------------------------------------------------------------------------------------------
-    def cohort(self, round: int) -> Cohort:
-        """Draw who takes part; depends on the seed and the round alone."""
-        population, count = self.experiment.population, len(self.site.cards)
+    def cohort(self, round: int, free: NDArray[np.bool_] | None = None) -> Cohort:
+        """Draw who is asked of the devices that are ``free`` [K]; depends on the seed, the round and ``free`` alone."""
+        count = len(self.site.cards)
+        pool = np.arange(count) if free is None else np.flatnonzero(free)
         rng = numpy_rng(self.experiment.seed, "cohort", round)
-        size = max(1, round_half_up(population.participation * count))
-        asked = np.sort(rng.choice(count, size=min(size, count), replace=False))
+        asked = np.sort(rng.choice(pool, size=min(self.wanted, len(pool)), replace=False))
         luck = rng.random((2, count))
-        dropped = frozenset(int(k) for k in asked if luck[0, k] < population.dropout)
-        late = frozenset(int(k) for k in asked if luck[1, k] < population.late) - dropped
+        chance = self.population.dropout
+        dropped = {int(k): float(luck[0, k] / chance) for k in asked if luck[0, k] < chance}
+        late = frozenset(int(k) for k in asked if luck[1, k] < self.population.late) - dropped.keys()
         return Cohort(tuple(int(k) for k in asked), dropped, late)
 
     def ask_indices(self, round: int) -> NDArray[np.int64]:
@@ -109,61 +161,120 @@ class Rounds:
         rng = numpy_rng(self.experiment.seed, "proxy samples", round)
         return np.sort(rng.choice(size, size=per_round, replace=False)).astype(np.int64)
 
-    def _round(self, progress: Progress, round: int) -> dict[str, Any]:
-        cohort, ask = self.cohort(round), self.ask_indices(round)
-        requests = self._requests(progress, round, cohort, ask)
-        down = sum(r.bytes for r in requests)
-        working = [r for r in requests if r.client not in cohort.dropped]
-        accepted: dict[int, Answer] = {}
-        quarantined: list[dict[str, Any]] = []
-        up, abstained, late, errors = 0, 0, 0, 0
-        losses: dict[str, list[float]] = {}
-        for reply in self.runner.ask(working):
-            for name, value in reply.losses:
-                losses.setdefault(name, []).append(value)
-            if reply.body is None:
-                errors += 1
-                quarantined.append({"client": reply.client, "reason": "device", "message": reply.error or "no answer"})
-                continue
-            up += len(reply.body)
-            if reply.client in cohort.late:
-                late += 1
-                continue
-            try:
-                answer = self._accept(progress, round, reply.client, reply.body, ask, accepted)
-            except PayloadError as cause:
-                quarantined.append({"client": reply.client, "reason": cause.reason, "message": str(cause)})
-                continue
-            progress.heard[reply.client] = round
-            if answer is None:
-                abstained += 1
-            else:
-                accepted[reply.client] = answer
-        failed = self._close(progress, round, ask, accepted, abstained)
+    def _round(self, progress: Progress, number: int) -> dict[str, Any]:
+        open = Open(number, self.ask_indices(number))
+        self._at_once(progress, open)
+        self._give_up(progress, open)
+        failed = self._close(progress, open)
         record: dict[str, Any] = {
-            "round": round,
-            "asked": len(cohort.asked),
-            "answered": len(accepted),
-            "abstained": abstained,
-            "dropped": len(cohort.dropped),
-            "late": late,
-            "quarantined": sorted(quarantined, key=lambda q: int(q["client"])),
+            "round": number,
+            "asked": open.asked,
+            "answered": len(open.accepted),
+            "abstained": open.abstained,
+            "dropped": open.dropped,
+            "late": open.late,
+            "quarantined": sorted(open.quarantined, key=lambda q: int(q["client"])),
             "failed": failed,
-            "bytes_up": up,
-            "bytes_down": down,
+            "bytes_up": open.up,
+            "bytes_down": open.down,
             "epsilon": None if np.isinf(self.site.mechanism.epsilon) else self.site.mechanism.epsilon,
-            "loss": {name: float(np.mean(values)) for name, values in sorted(losses.items())},
+            "loss": {name: float(np.mean(values)) for name, values in sorted(open.losses.items())},
+            "staleness": float(np.mean(open.staleness)) if open.staleness else None,
+            "in_flight": sum(not flight.given_up for flight in progress.flights.values()),
         }
-        record |= self._evaluate(progress, round)
+        record |= self._evaluate(progress, number)
         return record
 
-    def _requests(self, progress: Progress, round: int, cohort: Cohort, ask: NDArray[np.int64]) -> list[Request]:
-        """Write one message per audience; under delta coding, one more for those who missed the last message."""
+    # ---- when -------------------------------------------------------------------------------------------------------
+    def _at_once(self, progress: Progress, open: Open) -> None:
+        """Play a round without virtual time: whoever is asked answers at once, or late, or not at all."""
+        for client in sorted(progress.flights):
+            self._land(progress, open, progress.flights[client])
+        free = np.ones(len(self.site.cards), bool)
+        free[list(open.seen)] = False
+        self._dispatch(progress, open, self.cohort(open.number, free))
+        for flight in self._work(progress):
+            self._land(progress, open, flight)
+
+    def _dispatch(self, progress: Progress, open: Open, cohort: Cohort) -> None:
+        """Send the requests of a cohort."""
+        open.asked += len(cohort.asked)
+        open.seen.update(cohort.asked)
+        for request, heard in self._requests(progress, open, cohort.asked):
+            open.down += request.bytes
+            if request.client in cohort.dropped:
+                open.dropped += 1
+                continue
+            late = request.client in cohort.late
+            progress.flights[request.client] = Flight(request, "working", late=late, heard=heard)
+
+    def _work(self, progress: Progress) -> Iterator[Flight]:
+        """Let all devices work that were asked and have not; yields each flight when its reply is there."""
+        flights = progress.flights
+        queue = [flights[c].request for c in sorted(flights) if flights[c].stage == "working" and not flights[c].reply]
+        for reply in self.runner.ask(queue):
+            flight = flights[reply.client]
+            flight.reply = reply
+            yield flight
+
+    def _land(self, progress: Progress, open: Open, flight: Flight) -> None:
+        """Take the reply of a flight: an answer that is used, or an answer or a failure that is only noted."""
+        reply, request = flight.reply, flight.request
+        assert reply is not None
+        if flight.late and request.round == open.number and reply.body is not None:
+            flight.stage = "held"
+            return
+        del progress.flights[request.client]
+        self._count(open, flight)
+        if flight.given_up:
+            return
+        open.seen.add(request.client)
+        if reply.body is None:
+            open.refuse(request.client, "device", reply.error or "no answer")
+            return
+        try:
+            answer = self._accept(progress, open, flight, reply.body)
+        except PayloadError as cause:
+            open.refuse(request.client, cause.reason, str(cause))
+            return
+        progress.heard[request.client] = request.round
+        if answer is None:
+            open.abstained += 1
+        else:
+            open.accepted[request.client] = answer
+            open.staleness.append(open.number - request.round)
+
+    @staticmethod
+    def _count(open: Open, flight: Flight) -> None:
+        assert flight.reply is not None
+        open.up += len(flight.reply.body or b"")
+        for name, value in flight.reply.losses:
+            open.losses.setdefault(name, []).append(value)
+
+    def _give_up(self, progress: Progress, open: Open) -> None:
+        """End the wait for answers that would be too stale in the next round."""
+        for client in sorted(progress.flights):
+            flight = progress.flights[client]
+            if not flight.given_up and open.number + 1 - flight.request.round > self.limit:
+                open.late += 1
+                flight.given_up = True
+            if flight.stage == "held":
+                if flight.given_up:
+                    self._count(open, flight)
+                    del progress.flights[client]
+                else:
+                    flight.stage, flight.at = "sending", progress.clock
+
+    # ---- what -------------------------------------------------------------------------------------------------------
+    def _requests(
+        self, progress: Progress, open: Open, clients: Sequence[int]
+    ) -> Iterator[tuple[Request, Payload | None]]:
+        """Write one message per audience; under delta coding, one more for those who missed the last message.
+
+        Yields with each request what the device hears, where the method wants to know it of a late answer.
+        """
         delta = self.site.codec_down.needs_reference
-        bodies: dict[Hashable, bytes] = {}
-        told: dict[str, tuple[int, Payload]] = {}
-        requests = []
-        for client in cohort.asked:
+        for client in clients:
             card = self.site.cards[client]
             audience = self.method.audience(card)
             name = repr(audience)
@@ -172,37 +283,33 @@ class Rounds:
                 last_round, message = progress.told[name]
                 reference = message if progress.heard.get(client) == last_round else None
             place = (audience, reference is not None)
-            if place not in bodies:
+            if place not in open.bodies:
                 knowledge = self.method.broadcast(progress.state, card)
                 body, bundle = write_request(
-                    self.site, self.run, round, knowledge, progress.state.asked, ask, reference
+                    self.site, self.run, open.number, knowledge, progress.state.asked, open.ask, reference
                 )
-                bodies[place] = body
+                received = self.site.codec_down.roundtrip(bundle) if delta or self._remembers else bundle
                 if delta:
-                    told[name] = (round, self.site.codec_down.roundtrip(bundle))
+                    open.told[name] = (open.number, received)
+                assert isinstance(received, Bundle)
+                heard = self.site.widen(received.parts["knowledge"]) if self._remembers else None
+                open.bodies[place] = (body, heard)
+            body, heard = open.bodies[place]
             holds = progress.answers_kept.get(client, (-1, None))[0]
-            requests.append(Request(client, round, bodies[place], holds))
-        progress.told.update(told)
-        return requests
+            yield Request(client, open.number, body, holds), heard
 
-    def _accept(
-        self,
-        progress: Progress,
-        round: int,
-        client: int,
-        body: bytes,
-        ask: NDArray[np.int64],
-        accepted: dict[int, Answer],
-    ) -> Answer | None:
+    def _accept(self, progress: Progress, open: Open, flight: Flight, body: bytes) -> Answer | None:
         """Validate one upload; None is an abstention.
 
         Raises:
             PayloadError: the upload is refused; the round goes on without it.
         """
-        if client in accepted:
+        client, round = flight.request.client, flight.request.round
+        if client in open.accepted:
             raise PayloadError("duplicate", f"device {client} has answered round {round} already")
         card = self.site.cards[client]
         codec = self.site.codec_up
+        ask = open.ask if round == open.number else self.ask_indices(round)
         expected = Envelope(run=self.run, round=round, sender=client, proxy=self.site.proxy_identity, ids=ids_hash(ask))
         reference = progress.answers_kept[client][1] if client in progress.answers_kept else None
         if len(body) <= ABSTENTION_BYTES:
@@ -215,22 +322,27 @@ class Rounds:
         payload, envelope = codec.decode(body, self.site.contract_up(card, len(ask)), reference, expected=expected)
         if codec.needs_reference:
             progress.answers_kept[client] = (round, payload)
-        return Answer(card=card, payload=self.site.widen(payload), examples=envelope.examples)
+        answer = Answer(card=card, payload=self.site.widen(payload), examples=envelope.examples)
+        if round == open.number:
+            return answer
+        answer = replace(answer, weight=self.population.staleness.weight(open.number - round))
+        if flight.heard is None:
+            return answer
+        return self.method.catch_up(answer, flight.heard, progress.state, Tools(self.site, open.number, open.ask))
 
-    def _close(
-        self, progress: Progress, round: int, ask: NDArray[np.int64], accepted: dict[int, Answer], abstained: int
-    ) -> str | None:
+    def _close(self, progress: Progress, open: Open) -> str | None:
         """Turn the answers into knowledge and teach; return why the round failed, if it did."""
-        progress.state = replace(progress.state, round=round + 1)
+        progress.told.update(open.told)
+        progress.state = replace(progress.state, round=open.number + 1)
         if self.method.upload is Nothing:
             return None
-        minimum = self.experiment.population.minimum
-        if len(accepted) < minimum:
-            return f"{len(accepted)} answers, at least {minimum} are needed; the server stays as it was"
-        answers = Collected(tuple(accepted[client] for client in sorted(accepted)))
-        tools = Tools(self.site, round, ask)
+        minimum = self.population.minimum
+        if len(open.accepted) < minimum:
+            return f"{len(open.accepted)} answers, at least {minimum} are needed; the server stays as it was"
+        answers = Collected(tuple(open.accepted[client] for client in sorted(open.accepted)))
+        tools = Tools(self.site, open.number, open.ask)
         knowledge = self.method.aggregate(answers, progress.state, tools)
-        state = replace(progress.state, knowledge=knowledge, asked=ask)
+        state = replace(progress.state, knowledge=knowledge, asked=open.ask)
         progress.state = self.method.update(state, knowledge, tools)
         return None
 

@@ -43,6 +43,10 @@ class Tools:
         """Return proxy inputs [N, ...]."""
         return self._records(indices).all()[0]
 
+    def trainable(self, architecture: str) -> tuple[str, ...]:
+        """Return the names of a model's parameters; its other tensors are buffers."""
+        return self._site.architecture(architecture).trainable
+
     def net(self, architecture: str, weights: Tensors, *, training: bool = False) -> Net:
         """Return a model as a function."""
         bound = self._site.architecture(architecture)

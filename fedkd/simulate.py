@@ -34,6 +34,7 @@ from fedkd.storage import (
     write_json,
 )
 from fedkd.store import read_metadata
+from fedkd.virtual import flights
 
 SCHEMA = 1
 CONFIG, ROWS, SUMMARY, PARTITION, SWEEP = "config.yaml", "rounds.jsonl", "summary.json", "partition.json", "sweep.json"
@@ -153,6 +154,7 @@ def _save(runner: Runner, folder: Path, progress: Progress, keep: int) -> None:
         "seconds": progress.seconds,
         "asked": state.asked.tolist(),
         "heard": progress.heard,
+        "clock": progress.clock,
         "models": {},
         "payloads": {},
     }
@@ -166,6 +168,8 @@ def _save(runner: Runner, folder: Path, progress: Progress, keep: int) -> None:
     for i, (name, (round, payload)) in enumerate(payloads.items()):
         note["payloads"][name] = {"round": round, "kinds": outline(payload), "place": i}
         tensors |= {f"payload|{i}|{n}": t for n, t in payload.tensors().items()}
+    under_way, note["flights"] = flights.pack(progress.flights.values())
+    tensors |= {f"flights|all|{name}": t for name, t in under_way.items()}
     packed = pack_tensors(tensors, {"server": json.dumps(note)})
     checkpoints = folder / CHECKPOINTS
     checkpoints.mkdir(exist_ok=True)
@@ -213,6 +217,7 @@ def _restore(site: Site, runner: Runner, folder: Path) -> Progress | None:
             asked=np.asarray(note["asked"], np.int64),
             memory=memory,
         )
+        under_way = flights.unpack(groups.get("flights|all", {}), note["flights"])
         runner.restore(files, state.round - 1)
         return Progress(
             state=state,
@@ -222,6 +227,8 @@ def _restore(site: Site, runner: Runner, folder: Path) -> Progress | None:
             answers_kept={int(n[5:]): item for n, item in payloads.items() if n.startswith("kept:")},
             told={n[5:]: item for n, item in payloads.items() if n.startswith("told:")},
             heard={int(client): int(round) for client, round in note["heard"].items()},
+            flights=under_way,
+            clock=float(note["clock"]),
         )
     if faults:
         raise StorageError("no checkpoint can be read: " + "; ".join(faults))

@@ -29,8 +29,13 @@ def weighted_mean(items: Iterable[tuple[Tensor, float]]) -> Tensor:
 
 
 def mean_of(answers: Answers, pick: Callable[[Answer], Tensor], *, weighted: bool = False) -> Tensor:
-    """Return the mean of one tensor of every answer, weighted by training records if ``weighted``."""
-    return weighted_mean((pick(a), a.examples if weighted else 1.0) for a in answers)
+    """Return the mean of one tensor of every answer by ``Answer.weight``, times training records if ``weighted``."""
+    return weighted_mean((pick(a), share(a, weighted=weighted)) for a in answers)
+
+
+def share(answer: Answer, *, weighted: bool) -> float:
+    """Return what an answer counts in a mean."""
+    return answer.weight * (answer.examples if weighted else 1.0)
 
 
 def mean_weights(answers: Iterable[Answer], *, weighted: bool) -> Tensors:
@@ -40,7 +45,7 @@ def mean_weights(answers: Iterable[Answer], *, weighted: bool) -> Tensors:
     result: dict[str, Tensor] = {}
     for name, example in first.items():
         if example.is_floating_point():
-            result[name] = weighted_mean((a.payload.tensors()[name], a.examples if weighted else 1.0) for a in answers)
+            result[name] = weighted_mean((a.payload.tensors()[name], share(a, weighted=weighted)) for a in answers)
         else:
             result[name] = example
     return result

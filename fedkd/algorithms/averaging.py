@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fedkd.aggregators import mean_weights
 from fedkd.algorithms.base import (
     Algorithm,
+    Answer,
     Answers,
     DeviceState,
     DeviceTools,
@@ -27,7 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightAveraging(Algorithm, ABC):
-    """Devices start from the server's weights and keep no model; the server's model is the weighted mean."""
+    """Devices start from the server's weights and keep no model; the server's model is the weighted mean.
+
+    An answer to an older request is taken as what it adds to the weights its device started from: it becomes
+    w_now + s · (w_k - w_then), with s its weight by staleness. The mean of such answers over a buffer is the update of
+    J. Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022,
+    https://arxiv.org/abs/2106.06639 (algorithm 1, server learning rate 1), weighted by records as everywhere here.
+    Buffers of the model (running statistics) move from the server's value towards the device's by s instead: a sum of
+    differences might make a variance negative.
+    """
 
     upload: ClassVar[type[Payload]] = Weights
     download: ClassVar[type[Payload]] = Weights
@@ -35,6 +44,7 @@ class WeightAveraging(Algorithm, ABC):
     keeps: ClassVar[tuple[str, ...]] = ()
     student: ClassVar[bool] = True
     weighted: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
 
     def begin(self, server: ServerState, tools: ServerTools) -> ServerState:
         return replace(server, knowledge=Weights.from_tensors(server.models["student"][1]))
@@ -44,6 +54,20 @@ class WeightAveraging(Algorithm, ABC):
 
     def answer(self, net: Net, view: View, heard: Heard) -> Payload:
         return Weights.from_tensors(net.weights)
+
+    def catch_up(self, answer: Answer, heard: Payload, server: ServerState, tools: ServerTools) -> Answer:
+        now = self.broadcast(server, answer.card)
+        if not (isinstance(heard, Weights) and isinstance(now, Weights)):
+            return answer
+        then, present, trained = heard.tensors(), now.tensors(), answer.payload.tensors()
+        parameters = tools.trainable(answer.card.architecture)
+        moved = {
+            name: present[name] + answer.weight * (value - (then if name in parameters else present)[name])
+            if value.is_floating_point()
+            else value
+            for name, value in trained.items()
+        }
+        return replace(answer, payload=Weights.from_tensors(moved), weight=1.0)
 
     def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
         return Weights.from_tensors(mean_weights(answers, weighted=True))

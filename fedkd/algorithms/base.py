@@ -129,11 +129,16 @@ class ServerState:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One device's decoded and checked answer. ``examples``: its count of training records (1 if that is private)."""
+    """One device's decoded and checked answer.
+
+    ``examples``: its count of training records (1 if that is private). ``weight``: how much it counts beside that: 1
+    for an answer to this round's request, less for one to an older request.
+    """
 
     card: Card
     payload: Payload
     examples: float
+    weight: float = 1.0
 
 
 class Answers(Protocol):
@@ -173,6 +178,7 @@ class ServerTools(Protocol):
     def seed(self, *labels: str | int) -> int: ...
     def initial(self, architecture: str, *labels: str | int) -> Tensors: ...
     def public(self, indices: np.ndarray) -> Tensor: ...
+    def trainable(self, architecture: str) -> tuple[str, ...]: ...
     def net(self, architecture: str, weights: Tensors, *, training: bool = False) -> Net: ...
     def module(self, architecture: str, weights: Tensors) -> nn.Module: ...
     def logits(self, models: Sequence[tuple[str, Tensors]], indices: np.ndarray) -> Iterator[Tensor]: ...
@@ -209,6 +215,7 @@ class Algorithm(ABC):
       privacy of data on purpose (``central``).
     * ``reads_private``: the answer looks at the private records again.
     * ``weighted``: answers are weighted by the count of training records, so that this count leaves the device.
+    * ``weighs``: ``aggregate`` counts every answer by :attr:`Answer.weight`, so that late answers can count for less.
     * ``features``: models must split into ``body`` and ``head``. ``stackable``: False for a method whose answer has
       shapes that depend on values. ``codecs``: the method's own codecs (up, down).
     """
@@ -227,6 +234,7 @@ class Algorithm(ABC):
     pools_data: ClassVar[bool] = False
     reads_private: ClassVar[bool] = False
     weighted: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
     stackable: ClassVar[bool] = True
     codecs: ClassVar[tuple[str, str]] = ("auto", "auto")
 
@@ -294,6 +302,13 @@ class Algorithm(ABC):
         return state
 
     # ---- server -----------------------------------------------------------------------------------------------------
+    def catch_up(self, answer: Answer, heard: Payload, server: ServerState, tools: ServerTools) -> Answer:
+        """Fit an answer to an older request, whose device ``heard`` that, into the present: by default as it is.
+
+        ``answer.weight`` is what its staleness makes it worth. A method may change it together with the payload.
+        """
+        return answer
+
     def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
         """Turn the answers of a round (at least one) into knowledge."""
         return Nothing()

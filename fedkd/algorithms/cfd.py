@@ -53,6 +53,7 @@ class CFD(Algorithm):
     download: ClassVar[type[Payload]] = SoftLabels
     proxy: ClassVar[Literal["none", "unlabelled", "labelled"]] = "unlabelled"
     predictors: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
     student: ClassVar[bool] = True
     codecs: ClassVar[tuple[str, str]] = ("simplex:1+delta+entropy", "simplex:1+delta+entropy")
 

@@ -39,6 +39,7 @@ class DSFL(Algorithm):
     download: ClassVar[type[Payload]] = SoftLabels
     proxy: ClassVar[Literal["none", "unlabelled", "labelled"]] = "unlabelled"
     predictors: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
     student: ClassVar[bool] = True
 
     aggregation: Literal["era", "mean"] = "era"  # ERA or SA

@@ -41,6 +41,7 @@ class FD(Algorithm):
     upload: ClassVar[type[Payload]] = LabelLogits
     download: ClassVar[type[Payload]] = LabelLogits
     reads_private: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
 
     gamma: float = 1.0  # gamma, weight of the distillation term
 
@@ -65,7 +66,11 @@ class FD(Algorithm):
 
     # ---- server -----------------------------------------------------------------------------------------------------
     def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
-        return Bundle(parts={str(answer.card.id): answer.payload for answer in answers})
+        # From here on ``held`` is what a holder counts in a mean, not merely whether it counts.
+        parts = {str(a.card.id): (a.payload.tensors(), a.weight) for a in answers}
+        return Bundle(
+            parts={k: LabelLogits(logits=t["logits"], held=t["held"] * weight) for k, (t, weight) in parts.items()}
+        )
 
     def audience(self, card: Card) -> Hashable:
         return card.id
@@ -79,5 +84,5 @@ class FD(Algorithm):
         logits = torch.stack([o["logits"] for o in others])
         held = torch.stack([o["held"] for o in others]).to(logits.dtype)
         holders = held.sum(0)
-        mean = (logits * held[:, :, None]).sum(0) / holders.clamp(min=1)[:, None]
+        mean = (logits * held[:, :, None]).sum(0) / torch.where(holders > 0, holders, 1.0)[:, None]
         return LabelLogits(logits=mean, held=(holders > 0).to(mean.dtype))

@@ -54,7 +54,9 @@ class FedDF(WeightAveraging):
 
     def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
         models = [(a.card.architecture, a.payload.tensors()) for a in answers]
-        logits = torch.stack(list(tools.logits(models, tools.asked))).mean(0)
+        logits = torch.stack(list(tools.logits(models, tools.asked)))
+        worth = torch.tensor([a.weight for a in answers], dtype=logits.dtype)
+        logits = (logits * worth[:, None, None]).sum(0) / worth.sum()
         parts: dict[str, Payload] = {"teacher": Logits(logits=logits)}
         for name in sorted({architecture for architecture, _ in models}):
             alike = [a for a in answers if a.card.architecture == name]

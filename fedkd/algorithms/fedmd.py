@@ -40,6 +40,7 @@ class FedMD(Algorithm):
     download: ClassVar[type[Payload]] = Logits
     proxy: ClassVar[Literal["none", "unlabelled", "labelled"]] = "labelled"
     predictors: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
 
     def plan(self, heard: Heard) -> tuple[Phase, ...]:
         if "pretrained" in heard.memory:

@@ -50,6 +50,7 @@ class FedProto(Algorithm):
     download: ClassVar[type[Payload]] = Prototypes
     features: ClassVar[bool] = True
     reads_private: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
 
     weight: float = 1.0  # lambda, weight of the prototype term
     weighting: Literal["records", "equal"] = "records"  # |D_i,j| / N_j, or one share per holder
@@ -88,7 +89,8 @@ class FedProto(Algorithm):
     def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
         means = torch.stack([a.payload.tensors()["means"] for a in answers])
         counts = torch.stack([a.payload.tensors()["counts"] for a in answers])
-        share = counts if self.weighting == "records" else (counts > 0).to(counts.dtype)
+        worth = torch.tensor([a.weight for a in answers], dtype=counts.dtype)[:, None]
+        share = worth * (counts if self.weighting == "records" else (counts > 0).to(counts.dtype))
         total = share.sum(0)
-        mean = (means * share[:, :, None]).sum(0) / total.clamp(min=1)[:, None]
+        mean = (means * share[:, :, None]).sum(0) / torch.where(total > 0, total, 1.0)[:, None]
         return Prototypes(means=mean, counts=counts.sum(0))
