@@ -168,6 +168,10 @@ class Site:
 
     def _check(self) -> None:
         method, models = self.method, self.experiment.models
+        if self.experiment.data.augment.images and len(self.shape) != 3:
+            raise ConfigError(
+                f"data.augment moves pixels, but the records have inputs of shape {list(self.shape)}: only noise suits them"
+            )
         if self.proxy is not None and self.proxy.shape != self.shape:
             raise ConfigError(
                 f"the proxy set has inputs of shape {list(self.proxy.shape)}, the private records {list(self.shape)}: "

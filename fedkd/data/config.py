@@ -18,6 +18,25 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class AugmentConfig(_Section):
+    """How a device's own training records are varied, anew in every step; see `fedkd.data.augment`."""
+
+    crop: int = Field(0, ge=0, description="Images: shift by up to this many pixels each way; edges are repeated.")
+    flip: bool = Field(False, description="Images: mirror left and right with chance 1/2.")
+    erase: int = Field(0, ge=0, description="Images: blank a square of this many pixels at a random place (cutout).")
+    noise: float = Field(0.0, ge=0, description="Add Gaussian noise of this deviation, in units of the scaled inputs.")
+
+    @property
+    def images(self) -> bool:
+        """Whether something is asked for that only images [channels, height, width] can have."""
+        return bool(self.crop or self.flip or self.erase)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is asked for."""
+        return self.images or self.noise > 0
+
+
 class DataConfig(_Section):
     """Which records an experiment uses, and how they become inputs of a model.
 
@@ -64,6 +83,8 @@ class DataConfig(_Section):
     )
     mean: tuple[float, ...] | None = Field(None, description="Public centre per channel or feature (pixels: 0..1).")
     std: tuple[float, ...] | None = Field(None, description="Public scale per channel or feature (pixels: 0..1).")
+
+    augment: AugmentConfig = Field(AugmentConfig(), description="Variation of the training records on devices.")
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -142,6 +163,8 @@ class ProxyConfig(_Section):
     def _possible(self) -> Self:
         if self.kind == "dataset" and self.data is None:
             raise ConfigError("proxy.kind `dataset` needs proxy.data, the section that names the public source")
+        if self.data is not None and self.data.augment.active:
+            raise ConfigError("proxy.data.augment: proxy samples are the same for everybody and are never augmented")
         if self.labelled and self.kind in ("noise", "mixup"):
             raise ConfigError(f"proxy.kind `{self.kind}` has no true labels: drop proxy.labelled or use `dataset`")
         if not self.low < self.high:

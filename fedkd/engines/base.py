@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedkd.algorithms.base import Algorithm, Batch, Card, DeviceState, Heard, Phase, Tensors, View
+from fedkd.data.augment import apply, draw, join
 from fedkd.experiment import Experiment, TrainingConfig
 from fedkd.layers import situation
 from fedkd.models import Architecture
@@ -82,6 +83,38 @@ class Engine(ABC):
         """Return the device's dropout stream for one phase."""
         return torch_rng(self.experiment.seed, "dropout", phase.name, task.heard.round, task.card.id)
 
+    def augmenter(self, phase: Phase, tasks: Sequence[Task]) -> Augmenter | None:
+        """Return what varies the batches of ``tasks`` in ``phase``; None where nothing is varied."""
+        if phase.data != "private" or not self.experiment.data.augment.active:
+            return None
+        return Augmenter(self.experiment, phase, [(task.card.id, task.heard.round) for task in tasks])
+
+
+class Augmenter:
+    """Varies the batches of one phase on some devices (see :mod:`fedkd.data.augment`)."""
+
+    def __init__(self, experiment: Experiment, phase: Phase, devices: Sequence[tuple[int, int]]) -> None:
+        """Bind the devices, each as (id, round)."""
+        self._config, self._seed = experiment.data.augment, experiment.seed
+        self._phase, self._devices = phase.name, devices
+
+    def __call__(self, step: int, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the varied batches [K, B, *shape] of the first K devices in ``step``; rows beyond ``sizes`` stay."""
+        drawn = join(
+            [
+                draw(
+                    self._config, numpy_rng(self._seed, "augment", self._phase, round, client, step), size, x.shape[2:]
+                )
+                for (client, round), size in zip(self._devices, sizes, strict=False)
+            ]
+        )
+        real = torch.from_numpy(np.arange(x.shape[1]) < np.asarray(sizes)[:, None]).to(x.device)
+        if bool(real.all()):
+            return apply(self._config, x.flatten(0, 1), drawn).view(x.shape)
+        x = x.clone()
+        x[real] = apply(self._config, x[real], drawn)
+        return x
+
 
 def flat(models: Mapping[str, Tensors], roles: Sequence[str]) -> dict[str, Tensor]:
     """Return the tensors of ``roles`` as ``role/name``."""
@@ -124,6 +157,7 @@ def fit(
     trains: Sequence[str] = ("model",),
     stream: torch.Generator | None = None,
     optimizer_state: Mapping[str, Tensor] | None = None,
+    augment: Augmenter | None = None,
     stop: Callable[[int, Net], bool] | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], float]:
     """Train models by plain steps: the one loop behind serial devices and the server's student.
@@ -133,6 +167,7 @@ def fit(
         plan: which records form which step.
         stream: dropout stream.
         optimizer_state: to go on from, instead of a fresh optimiser.
+        augment: varies the inputs of each step.
         stop: called after each step with the step's number and the net; True ends the training.
     Returns:
         The trained models by role, the optimiser's state, and the mean loss (NaN without a step).
@@ -152,6 +187,8 @@ def fit(
             size = int(plan.sizes[t])
             positions = torch.from_numpy(plan.index[t, :size])
             x = data.inputs(positions)
+            if augment is not None:
+                x = augment(t, x[None], [size])[0]
             batch = Batch(
                 x=x, y=data.labels(positions), index=positions, weight=torch.full((size,), 1 / size, dtype=x.dtype)
             )
@@ -197,6 +234,7 @@ class SerialEngine(Engine):
                 trains=phase.trains,
                 stream=self.dropout_stream(phase, task),
                 optimizer_state=task.state.optimizers.get(phase.name),
+                augment=self.augmenter(phase, [task]),
             )
             keep = (
                 {**task.state.optimizers, phase.name: optimizer}

@@ -79,6 +79,7 @@ class StackedEngine(Engine):
         state = _stack([dict(s) if s is not None else fresh for s in stored])
         streams = [self.dropout_stream(phase, task) for task in tasks]
         gather = _Gather(datas, positions, shared=phase.data != "private")
+        augment = self.augmenter(phase, tasks)
         heard, shared_heard = _hear(tasks)
         total = torch.zeros(count, dtype=self.site.dtype)
 
@@ -88,6 +89,8 @@ class StackedEngine(Engine):
             size = sizes[:active, t]
             wide, ragged = int(size.max()), bool((size != size.max()).any())
             batch, batched = gather(t, active, wide)
+            if augment is not None:
+                batched["x"] = augment(t, batched["x"], size.tolist())
             if ragged:
                 mask = torch.from_numpy(np.arange(wide) < size[:, None])
                 batched["mask"] = mask
