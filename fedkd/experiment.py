@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +21,7 @@ from fedkd.errors import ConfigError
 from fedkd.virtual.config import StalenessConfig
 
 MAX_SWEEP = 1000
+M = TypeVar("M", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -208,13 +209,18 @@ class Experiment(Section):
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 def load(path: Path | None, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Experiment]]:
-    """Read an experiment and its overrides; a comma list makes a sweep.
+    """Read an experiment and its overrides; a comma list makes a sweep. See :func:`read_points`."""
+    return [(varying, validate(raw)) for varying, raw in read_points(path, overrides)]
+
+
+def read_points(path: Path | None, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Read a YAML file and lay overrides over it; a comma list makes a sweep.
 
     Args:
         path: YAML file, or None for the built-in default.
         overrides: ``dotted.key=value`` strings; ``seed=1,2,3`` gives three points, several lists their product.
     Returns:
-        One (overrides that vary, experiment) per point; the seed varies fastest.
+        One (overrides that vary, raw mapping) per point; the seed varies fastest.
     Raises:
         ConfigError: one readable sentence per fault.
     """
@@ -232,7 +238,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> list[tuple[dict[st
             _assign(raw, key, value)
             if len(options) > 1:
                 varying[key] = value
-        points.append((varying, validate(raw)))
+        points.append((varying, raw))
     return points
 
 
@@ -256,22 +262,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def validate(raw: Mapping[str, Any]) -> Experiment:
-    """Build the experiment from a plain mapping.
+    """Build the experiment from a plain mapping; see :func:`build`."""
+    return build(Experiment, raw)
+
+
+def build(model: type[M], raw: Mapping[str, Any]) -> M:
+    """Build a configuration from a plain mapping.
 
     Raises:
         ConfigError: with every fault on a line, unknown keys with the nearest known one.
     """
     try:
-        return Experiment.model_validate(dict(raw))
+        return model.model_validate(dict(raw))
     except ValidationError as cause:
-        raise ConfigError("\n".join(_explain(error) for error in cause.errors())) from cause
+        raise ConfigError("\n".join(_explain(model, error) for error in cause.errors())) from cause
 
 
-def _explain(error: Any) -> str:
+def _explain(root: type[BaseModel], error: Any) -> str:
     place = [str(part) for part in error["loc"]]
     where = ".".join(place) or "experiment"
     if error["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
+        known = _known_keys(root, place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.5)
         hint = f" Did you mean {'.'.join([*place[:-1], near[0]])!r}?" if near else f" Known: {', '.join(known)}."
         return f"unknown key {where!r}.{hint}"
@@ -281,8 +292,8 @@ def _explain(error: Any) -> str:
     return f"{where}: {message}, got {error['input']!r}"
 
 
-def _known_keys(place: Sequence[str]) -> list[str]:
-    model: Any = Experiment
+def _known_keys(root: type[BaseModel], place: Sequence[str]) -> list[str]:
+    model: Any = root
     for part in place:
         annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
         options = [annotation, *get_args(annotation)]

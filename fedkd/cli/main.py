@@ -32,7 +32,7 @@ Overrides = Annotated[
 ]
 
 
-def _split(words: list[str] | None) -> tuple[Path | None, list[str]]:
+def split(words: list[str] | None) -> tuple[Path | None, list[str]]:
     """Tell the experiment's file from overrides."""
     words = list(words or [])
     path = Path(words.pop(0)) if words and "=" not in words[0] else None
@@ -65,7 +65,7 @@ def simulate(
             else:
                 finished = [sim.resume(folder, announcer.single())]
         else:
-            path, overrides = _split(words)
+            path, overrides = split(words)
             if runner is not None:
                 overrides.append(f"runner.kind={runner}")
             points = load(path, overrides)
@@ -182,11 +182,21 @@ def config_show(words: Overrides = None) -> None:
     """Print the resolved experiment, every default included."""
     from fedkd.experiment import load
 
-    path, overrides = _split(words)
+    path, overrides = split(words)
     for varying, experiment in load(path, overrides):
         if varying:
             print(f"--- # {', '.join(f'{k}={v}' for k, v in varying.items())}")
         print(experiment.dump(), end="")
+
+
+def _register() -> None:
+    """Add the commands that live in files of their own."""
+    from fedkd.cli import distill
+
+    distill.register(app)
+
+
+_register()
 
 
 def main() -> None:

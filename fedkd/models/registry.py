@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor, nn
@@ -118,5 +119,12 @@ def resnet(shape: Shape, classes: int, width: int = 16, norm: str = "batch") -> 
 
 
 REGISTRY: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
-    {"logreg": logreg, "mlp": mlp, "lenet": lenet, "cnn": cnn, "resnet": resnet}
+    {
+        "logreg": logreg,
+        "mlp": mlp,
+        "lenet": lenet,
+        "lenet_half": partial(lenet, width=0.5),
+        "cnn": cnn,
+        "resnet": resnet,
+    }
 )

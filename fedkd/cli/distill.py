@@ -1,0 +1,71 @@
+"""``fedkd distill``: a student learns from a teacher in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fedkd.distill.distiller import Epoch
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command()(distill)
+
+
+def distill(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="An experiment (YAML file) and overrides: key=value; a comma list is a sweep."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run in this folder.")] = None,
+) -> None:
+    """Teach a student by a teacher: a checkpoint, an ONNX file, or a model that is trained here first."""
+    from fedkd.cli.main import err, out, split
+    from fedkd.distill import run
+    from fedkd.distill.config import load
+    from fedkd.simulate import fresh_folder
+
+    def watch(stage: str, epoch: Epoch, epochs: int) -> None:
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in epoch.terms.items())
+        out.print(f"{stage}  epoch {epoch.epoch + 1}/{epochs}  loss {epoch.total:.4g}  ({parts})", highlight=False)
+
+    folder = resume
+    try:
+        if resume is not None:
+            if words:
+                raise typer.BadParameter("--resume goes on with what the folder says; it takes no other words")
+            tell(run.resume(resume, watch).summary, resume)
+            return
+        path, overrides = split(words)
+        points = load(path, overrides)
+        root = to if to is not None else fresh_folder(Path("runs"), points[0][1].name)
+        for varying, experiment in points:
+            folder = root / ",".join(f"{k}={v}" for k, v in varying.items()) if varying else root
+            tell(run.start(experiment, folder, watch).summary, folder)
+    except KeyboardInterrupt:
+        err.print(f"Stopped. Go on with: [bold]fedkd distill --resume {folder}[/bold]", highlight=False)
+        raise typer.Exit(130) from None
+
+
+def tell(summary: Mapping[str, Any], folder: Path) -> None:
+    """Print the few lines that a person wants."""
+    from fedkd.cli.main import out
+
+    accuracy, size = summary["accuracy"], summary["parameters"]
+    lines = []
+    for name in ("student", "alone", "teacher"):
+        if accuracy.get(name) is not None:
+            count = size["student" if name == "alone" else name]
+            said = "" if count is None else f"  ({count:,} parameters)"
+            lines.append((name if name != "alone" else "student alone", f"{100 * accuracy[name]:.2f} %{said}"))
+    lines += [("time", f"{summary['seconds']:.1f} s"), ("run", str(folder))]
+    width = max(len(name) for name, _ in lines)
+    out.print()
+    for name, value in lines:
+        out.print(f"{name:<{width}}  {value}", highlight=False, soft_wrap=True)

@@ -1,0 +1,154 @@
+"""An experiment of central distillation: YAML <-> a validated, frozen configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from fedkd.data import DataConfig
+from fedkd.distill.distiller import Fit
+from fedkd.distill.terms import SigmoidRamp, Term, Warmup, constant
+from fedkd.errors import ConfigError
+from fedkd.experiment import Section, build, read_points
+from fedkd.losses import LOSSES
+
+
+class FitConfig(Section):
+    """How a model is trained: see `fedkd.distill.Fit`."""
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(64, ge=2)
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+
+    @property
+    def fit(self) -> Fit:
+        """The trainer's settings."""
+        return Fit(**self.model_dump())
+
+
+class TermConfig(BaseModel):
+    """One addend of the student's loss; keys beside these are the loss's own parameters (`temperature: 4`)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    loss: str = Field(description=f"One of {', '.join(LOSSES)}.")
+    weight: float | None = Field(None, description="Factor; null is the published one.")
+    student: str | tuple[str, ...] | None = Field(None, description="Layer(s) of the student, such as body.3.")
+    teacher: str | tuple[str, ...] | None = Field(None, description="Layer(s) of the teacher; null: the student's.")
+    adapt: Literal["auto", "none"] = "auto"
+    warmup: int | None = Field(None, ge=1, description="Epochs in which the weight rises linearly.")
+    ramp: int | None = Field(None, ge=1, description="Epochs of the sigmoid ramp-up exp(-5 (1-t/T)^2).")
+
+    @model_validator(mode="after")
+    def _known(self) -> TermConfig:
+        if self.loss not in LOSSES:
+            near = difflib.get_close_matches(self.loss, LOSSES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"no loss is named {self.loss!r}.{hint} Known: {', '.join(LOSSES)}")
+        if self.warmup is not None and self.ramp is not None:
+            raise ConfigError(f"term {self.loss}: give warmup or ramp, not both")
+        self.term  # noqa: B018  refuses unknown parameters before any data are read
+        return self
+
+    @property
+    def term(self) -> Term:
+        """The term."""
+        kind, options = LOSSES[self.loss], dict(self.model_extra or {})
+        known = [f.name for f in dataclasses.fields(kind)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(known) or 'none'}."
+                raise ConfigError(f"loss {self.loss!r} has no parameter {name!r}.{hint}")
+        try:
+            loss = TypeAdapter(kind).validate_python(options)
+        except ValidationError as cause:
+            raise ConfigError(
+                f"loss {self.loss!r}: {cause.errors()[0]['msg'].removeprefix('Value error, ')}"
+            ) from cause
+        schedule = Warmup(self.warmup) if self.warmup else SigmoidRamp(self.ramp) if self.ramp else constant
+        return Term(loss, self.weight, self.student, self.teacher, self.adapt, schedule)
+
+
+class TeacherConfig(Section):
+    """A teacher: a file, or a model of the registry that is trained here first on the same data.
+
+    `path`: .safetensors, .onnx, or a .pt/.pth state dict (read with weights_only=True).
+    """
+
+    path: Path | None = None
+    model: str | None = Field(None, description="Architecture; needed where no file names it.")
+    weight: float = Field(1.0, ge=0, description="Weight among several teachers.")
+    training: FitConfig = FitConfig()
+
+    @model_validator(mode="after")
+    def _something(self) -> TeacherConfig:
+        if self.path is None and self.model is None:
+            raise ConfigError("a teacher needs `path`, a file, or `model`, an architecture to be trained here first")
+        return self
+
+
+class DistillExperiment(Section):
+    """A student learns from a teacher. `fedkd distill X.yaml key=value ...`."""
+
+    name: str = Field("distill", min_length=1, pattern=r"^[\w.-]+$")
+    seed: int = Field(1, ge=0)
+    data: DataConfig = DataConfig()
+    omit: tuple[int, ...] = Field((), description="Classes left out of what the student sees (Hinton's omitted digit).")
+    labels: bool = Field(True, description="False: the student's records have no labels, the teacher's must do.")
+    teacher: tuple[TeacherConfig, ...] = Field((TeacherConfig(model="mlp(hidden=[400, 400])"),), min_length=1)
+    mix: Literal["probabilities", "logits"] = Field("probabilities", description="How several teachers become one.")
+    student: str = "mlp(hidden=[32])"
+    terms: tuple[TermConfig, ...] = Field(
+        (TermConfig(loss="ce", weight=0.1), TermConfig(loss="kd", weight=0.9)), min_length=1
+    )
+    training: FitConfig = FitConfig()
+    alone: bool = Field(True, description="Also train the same student without a teacher, for comparison.")
+    cache: bool = Field(True, description="Keep the teacher's answers on disk, memory-mapped.")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        values = [value] if isinstance(value, str | dict) or not isinstance(value, Sequence) else list(value)
+        return [({"path": v} if _is_file(v) else {"model": v}) if isinstance(v, str) else v for v in values]
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillExperiment:
+        if not self.labels and any(LOSSES[t.loss].reads == "labels" for t in self.terms):
+            raise ConfigError("labels is false, so that no term can read them: leave `ce` out of terms")
+        return self
+
+    def dump(self) -> str:
+        """Return the resolved experiment as YAML that loads to the same experiment."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _is_file(text: str) -> bool:
+    return Path(text).suffix.lower() in (".safetensors", ".onnx", ".pt", ".pth")
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], DistillExperiment]]:
+    """Read an experiment and its overrides; a comma list makes a sweep.
+
+    Raises:
+        ConfigError: one readable sentence per fault.
+    """
+    return [(varying, build(DistillExperiment, raw)) for varying, raw in read_points(path, overrides)]

@@ -1,0 +1,91 @@
+"""`fedkd distill` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedkd.cli.main import app
+from fedkd.distill.config import load
+from fedkd.distill.run import resume, start
+from fedkd.errors import ConfigError
+
+
+def test_the_command_teaches_and_keeps_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = ["teacher={model: mlp, training: {epochs: 6}}", "training.epochs=6"]
+    done = CliRunner().invoke(app, ["distill", *quick, "student=mlp(hidden=[16])", "--out", "run"])
+    assert done.exit_code == 0, done.output
+    assert "student alone" in done.output and "teacher" in done.output
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["accuracy"]["student"] > 0.85 and summary["accuracy"]["teacher"] > 0.9
+    assert len(summary["log"]) == 6 and set(summary["log"][0]["terms"]) == {"CrossEntropy", "KD"}
+    # The student of one run is the teacher of the next.
+    again = CliRunner().invoke(
+        app,
+        [
+            "distill",
+            "teacher=run/student.safetensors",
+            "student=logreg",
+            "training.epochs=2",
+            "alone=false",
+            "--out",
+            "b",
+        ],
+    )
+    assert again.exit_code == 0, again.output
+    second = json.loads(Path("b/summary.json").read_text())
+    assert second["accuracy"]["teacher"] == pytest.approx(summary["accuracy"]["student"])
+    taken = CliRunner().invoke(app, ["distill", "--out", "run"])
+    assert isinstance(taken.exception, ConfigError) and "holds a run already" in str(taken.exception)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    raw = ["teacher={model: 'mlp(hidden=[32])', training: {epochs: 2}}", "training.epochs=4", "student=mlp(hidden=[8])"]
+    ((_, experiment),) = load(None, raw)
+    whole = start(experiment, tmp_path / "whole")
+
+    def stop(stage: str, epoch: object, epochs: int) -> None:
+        if stage == "student" and epoch.epoch == 1:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(experiment, tmp_path / "cut", stop)
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    seen: list[str] = []
+    cut = resume(tmp_path / "cut", lambda stage, epoch, epochs: seen.append(stage))
+    assert seen.count("student") == 2 and "teacher 1" not in seen
+    assert (tmp_path / "cut/student.safetensors").read_bytes() == (tmp_path / "whole/student.safetensors").read_bytes()
+    assert cut.summary["accuracy"] == whole.summary["accuracy"]
+
+
+def test_omitted_digits_are_learnt_from_the_teacher_alone(tmp_path: Path) -> None:
+    """Hinton et al., section 3: the student never sees a 3, and knows it by the teacher's soft labels."""
+    raw = ["omit=[3]", "labels=false", "terms=[{loss: kd, temperature: 4, weight: 1.0}]", "training.epochs=25"]
+    raw += ["teacher={model: mlp, training: {epochs: 15}}", "student=mlp(hidden=[64])"]
+    ((_, experiment),) = load(None, raw)
+    found = start(experiment, tmp_path / "run").summary["accuracy_by_class"]
+    assert found["teacher"][3] > 0.85 and found["student"][3] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["studnt=mlp"], "Did you mean 'student'"),
+        (["terms=[{loss: kkd}]"], "Did you mean 'kd'"),
+        (["terms=[{loss: kd, temprature: 3}]"], "Did you mean 'temperature'"),
+        (["terms=[{loss: kd, temperature: 0}]"], "above 0"),
+        (["terms=[{loss: kd, temperature: hot}]"], "number"),
+        (["labels=false"], "leave `ce` out"),
+        (["teacher={weight: 1}"], "needs `path`"),
+        (["teacher=gone.safetensors"], "cannot read the teacher"),
+        (["student=lenett"], "Did you mean 'lenet'"),
+        (["omit=[11]"], "omit names class 11"),
+    ],
+)
+def test_mistakes_are_one_sentence(words: list[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
+        start(load(None, words)[0][1], tmp_path / "run")
