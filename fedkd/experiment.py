@@ -121,6 +121,9 @@ class EvaluationConfig(Section):
     clients_every: int | None = Field(
         None, ge=1, description="Rounds between evaluations of devices; null: at the end."
     )
+    clients_sample: int | None = Field(
+        256, ge=1, description="Devices looked at (a fixed random sample) where there are more; null looks at all."
+    )
     local_only: bool = Field(True, description="Also train every device alone, with the same steps on its own records.")
     batch_size: int = Field(1000, ge=1)
 
@@ -138,6 +141,9 @@ class RunnerConfig(Section):
     kind: Literal["serial", "stacked", "flower"] = "stacked"
     block: int | None = Field(None, ge=1, description="Devices per stack; null chooses by the model's size.")
     threads: int | None = Field(None, ge=1, description="Threads of torch; null leaves torch's choice.")
+    memory_gib: float = Field(
+        2.0, ge=0, description="Memory for the states of devices, in GiB; beyond it they lie in memory-mapped files."
+    )
     workers: int = Field(2, ge=1, description="flower: worker nodes on Ray, each taking blocks of devices.")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedkd.algorithms.base import Algorithm, Answer, ServerState
+from fedkd.collected import Collected
 from fedkd.messages import Request, write_request
 from fedkd.payloads import Bundle, Contract, Envelope, Nothing, Payload, PayloadError, ids_hash
 from fedkd.runners.base import Inspection, Runner, count_correct
@@ -25,19 +27,6 @@ from fedkd.seeding import numpy_rng
 from fedkd.server_tools import Tools
 from fedkd.site import Site
 from fedkd.virtual.flights import Flight
-
-
-@dataclass(frozen=True)
-class Collected:
-    """The accepted answers of a round, in the order of client ids."""
-
-    items: tuple[Answer, ...]
-
-    def __iter__(self) -> Iterator[Answer]:
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
 
 
 @dataclass
@@ -80,7 +69,7 @@ class Open:
     ask: NDArray[np.int64]
     seen: set[int] = field(default_factory=set)
     asked: int = 0
-    accepted: dict[int, Answer] = field(default_factory=dict)
+    accepted: Collected = field(default_factory=Collected)
     staleness: list[int] = field(default_factory=list)
     abstained: int = 0
     dropped: int = 0
@@ -241,7 +230,7 @@ class Rounds:
         if answer is None:
             open.abstained += 1
         else:
-            open.accepted[request.client] = answer
+            open.accepted.add(answer)
             open.staleness.append(open.number - request.round)
 
     @staticmethod
@@ -339,14 +328,22 @@ class Rounds:
         minimum = self.population.minimum
         if len(open.accepted) < minimum:
             return f"{len(open.accepted)} answers, at least {minimum} are needed; the server stays as it was"
-        answers = Collected(tuple(open.accepted[client] for client in sorted(open.accepted)))
         tools = Tools(self.site, open.number, open.ask)
-        knowledge = self.method.aggregate(answers, progress.state, tools)
+        knowledge = self.method.aggregate(open.accepted, progress.state, tools)
         state = replace(progress.state, knowledge=knowledge, asked=open.ask)
         progress.state = self.method.update(state, knowledge, tools)
         return None
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
+    @cached_property
+    def evaluated(self) -> tuple[int, ...]:
+        """The devices whose models are looked at: all, or the sample that the experiment asks for."""
+        count, sample = len(self.site.cards), self.experiment.evaluation.clients_sample
+        if sample is None or sample >= count:
+            return tuple(range(count))
+        rng = numpy_rng(self.experiment.seed, "evaluated devices")
+        return tuple(int(k) for k in np.sort(rng.choice(count, size=sample, replace=False)))
+
     def _evaluate(self, progress: Progress, round: int) -> dict[str, Any]:
         evaluation, last = self.experiment.evaluation, round + 1 == self.experiment.rounds
         found: dict[str, Any] = {"student_accuracy": None, "clients_accuracy": None, "ensemble_accuracy": None}
@@ -356,20 +353,22 @@ class Rounds:
         if due and not last:
             seen = self.inspect(progress.state)
             if seen is not None:
-                found["clients_accuracy"] = [float(a) for a in seen.correct.sum(1) / len(self.site.test)]
+                known = dict(zip(self.evaluated, seen.correct.sum(1) / len(self.site.test), strict=True))
+                found["clients_accuracy"] = [
+                    float(known[k]) if k in known else None for k in range(len(self.site.cards))
+                ]
                 found["ensemble_accuracy"] = self.ensemble_accuracy(seen)
         return found
 
     def inspect(self, state: ServerState) -> Inspection | None:
-        """Look at all devices' models; where devices keep none, at the server's model that they would adopt."""
-        cards = self.site.cards
+        """Look at the models of :attr:`evaluated`; where devices keep none, at the server's that they would adopt."""
         if "model" not in self.method.keeps and "student" in state.models:
-            correct = np.tile(self.student_correct(state), (len(cards), 1))
+            correct = np.tile(self.student_correct(state), (len(self.evaluated), 1))
             return Inspection(correct, self.student_probabilities(state))
-        return self.runner.inspect([card.id for card in cards], state.round)
+        return self.runner.inspect(self.evaluated, state.round)
 
     def ensemble_accuracy(self, seen: Inspection) -> float:
-        """Accuracy of the mean of all devices' probabilities."""
+        """Accuracy of the mean of the probabilities of the devices looked at."""
         assert self.site.test.y is not None
         return float((seen.ensemble.argmax(1) == self.site.test.y.numpy()).mean())
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +25,8 @@ from fedkd.experiment import Experiment, read_yaml, validate
 from fedkd.payloads import Payload, outline, rebuild
 from fedkd.report.runfolder import write_sweep_summary
 from fedkd.rounds import Progress, Rounds
-from fedkd.runners.base import LocalRunner, Runner, make_engine
+from fedkd.runners.base import LocalRunner, Only, Runner, make_engine
+from fedkd.shelves import ShelfStore
 from fedkd.site import Site
 from fedkd.storage import (
     StorageError,
@@ -38,7 +42,7 @@ from fedkd.virtual import flights
 
 SCHEMA = 1
 CONFIG, ROWS, SUMMARY, PARTITION, SWEEP = "config.yaml", "rounds.jsonl", "summary.json", "partition.json", "sweep.json"
-STUDENT, CHECKPOINTS = "student.safetensors", "checkpoints"
+STUDENT, CHECKPOINTS, STATES = "student.safetensors", "checkpoints", "states"
 
 Watch = Callable[[Mapping[str, Any], int], None]
 """Called after every round with its record and the number of rounds wanted."""
@@ -97,7 +101,15 @@ def _launch(site: Site, folder: Path, watch: Watch | None) -> Finished:
         from fedkd.runners.flower import run_on_flower
 
         return run_on_flower(site.experiment, folder, lambda runner: play(site, runner, folder, watch))
-    return play(site, LocalRunner(site, make_engine(site, kind)), folder, watch)
+    store = ShelfStore(folder / STATES, _budget_bytes(site.experiment), site.experiment.checkpoint.keep)
+    try:
+        return play(site, LocalRunner(site, make_engine(site, kind), store), folder, watch)
+    finally:
+        store.close()
+
+
+def _budget_bytes(experiment: Experiment) -> float:
+    return experiment.runner.memory_gib * 2**30
 
 
 def play(site: Site, runner: Runner, folder: Path, watch: Watch | None = None) -> Finished:
@@ -188,12 +200,13 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _restore(site: Site, runner: Runner, folder: Path) -> Progress | None:
     """Return the newest whole checkpoint's progress; a damaged one is passed over for the one before."""
     faults = []
-    for checkpoint in _checkpoints(folder):
+    for i, checkpoint in enumerate(_checkpoints(folder)):
         try:
             files = read_bundle(checkpoint)
             data = files["server.safetensors"]
             note = json.loads(read_metadata(data)["server"])
             tensors = unpack_tensors(data, str(checkpoint))
+            runner.restore(files, int(note["round"]) - 1)
         except (StorageError, KeyError, ValueError) as cause:
             faults.append(str(cause))
             continue
@@ -218,7 +231,10 @@ def _restore(site: Site, runner: Runner, folder: Path) -> Progress | None:
             memory=memory,
         )
         under_way = flights.unpack(groups.get("flights|all", {}), note["flights"])
-        runner.restore(files, state.round - 1)
+        for older in _checkpoints(folder)[i + 1 :]:
+            # One that is damaged is of no use later either.
+            with contextlib.suppress(StorageError, KeyError):
+                runner.retain(read_bundle(older))
         return Progress(
             state=state,
             bytes_up=int(note["bytes_up"]),
@@ -316,7 +332,8 @@ def _summary(
     counts = np.asarray(_partition(site)["counts"])
     names = _partition(site)["client_names"]
     seen = rounds.inspect(progress.state)
-    alone = _local_only(site, seen is not None)
+    alone = _local_only(site, rounds.evaluated, folder) if seen is not None else {}
+    accuracies = dict(zip(rounds.evaluated, seen.correct, strict=True)) if seen is not None else {}
     per_client: list[dict[str, Any]] = []
     for k, card in enumerate(site.cards):
         one: dict[str, Any] = {
@@ -324,9 +341,9 @@ def _summary(
             "name": names[k],
             "architecture": card.architecture,
             "examples": int(counts[k].sum()),
-            "accuracy": None if seen is None else float(seen.correct[k].sum() / totals.sum()),
-            "accuracy_own_classes": None if seen is None else _own_classes(seen.correct[k], counts[k], totals),
-            "local_only": None if alone is None else alone[k],
+            "accuracy": float(accuracies[k].sum() / totals.sum()) if k in accuracies else None,
+            "accuracy_own_classes": _own_classes(accuracies[k], counts[k], totals) if k in accuracies else None,
+            "local_only": alone.get(k),
         }
         per_client.append(one)
     rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
@@ -337,14 +354,14 @@ def _summary(
             "student": rows[-1]["student_accuracy"] if rows else None,
             "clients_mean": _mean([c["accuracy"] for c in per_client]),
             "clients_own_classes_mean": _mean([c["accuracy_own_classes"] for c in per_client]),
-            "local_only": None if alone is None else _mean(alone),
+            "local_only": _mean(list(alone.values())),
             "ensemble": None if seen is None else rounds.ensemble_accuracy(seen),
         },
         "per_client": per_client,
         "bytes_up_per_device": progress.bytes_up / devices,
         "bytes_down_per_device": (progress.bytes_down + result["bytes_proxy"]) / devices,
         "seconds": seconds,
-        "notes": _notes(rows),
+        "notes": _notes(rows) + _sampled(len(accuracies), devices),
     }
     return result
 
@@ -363,19 +380,34 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _local_only(site: Site, wanted: bool) -> list[float | None] | None:
-    """Train every device alone with the same number of steps on its own records, and return its accuracy."""
+def _sampled(looked_at: int, devices: int) -> list[str]:
+    if not 0 < looked_at < devices:
+        return []
+    return [
+        f"the figures of devices (mean, local-only, ensemble) are those of {looked_at} of the {devices} devices, drawn at "
+        "random; evaluation.clients_sample=null looks at all"
+    ]
+
+
+def _local_only(site: Site, clients: Sequence[int], folder: Path) -> dict[int, float]:
+    """Train devices alone with the same number of steps on their own records, and return their accuracy."""
     experiment = site.experiment
-    if not wanted or not experiment.evaluation.local_only or site.method.pools_data or site.method.name == "local":
-        return None
+    if not experiment.evaluation.local_only or site.method.pools_data or site.method.name == "local":
+        return {}
     alone = experiment.model_copy(update={"algorithm": {"name": "local"}, "codec": type(experiment.codec)()})
     neighbour = Site(alone, site.federation)
     kind = experiment.runner.kind if experiment.runner.kind != "flower" else "stacked"
-    rounds = Rounds(neighbour, LocalRunner(neighbour, make_engine(neighbour, kind)), run="local")
-    progress = rounds.play(rounds.begin(), lambda progress, record: None)
-    seen = rounds.inspect(progress.state)
+    for left in folder.glob(".local-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".local-", dir=folder, ignore_cleanup_errors=True) as scratch:
+        store = ShelfStore(Path(scratch), _budget_bytes(experiment))
+        runner = Only(LocalRunner(neighbour, make_engine(neighbour, kind), store), clients)
+        rounds = Rounds(neighbour, runner, run="local")
+        progress = rounds.play(rounds.begin(), lambda progress, record: None)
+        seen = runner.inspect(clients, progress.state.round)
+        store.close()
     assert seen is not None
-    return [float(a) for a in seen.correct.sum(1) / len(site.test)]
+    return dict(zip(clients, (float(a) for a in seen.correct.sum(1) / len(site.test)), strict=True))
 
 
 def versions() -> dict[str, str]:

@@ -37,9 +37,19 @@ class Store(ABC):
     def save(self, client: int, round: int, kept: Kept) -> None:
         """Keep what the device has after ``round``."""
 
+    def snapshot(self) -> Mapping[str, bytes]:
+        """Return files for a checkpoint, from which :meth:`restore` brings the devices back; empty where they are safe."""
+        return {}
+
+    def restore(self, files: Mapping[str, bytes], round: int) -> None:
+        """Go back to the snapshot made after ``round``."""
+
+    def retain(self, files: Mapping[str, bytes]) -> None:
+        """Keep what an older snapshot refers to, too: call it after :meth:`restore`, newest first."""
+
 
 class MemoryStore(Store):
-    """Keeps devices in memory; a device that was never asked takes no room."""
+    """Keeps devices in memory for as long as the process lives; a device that was never asked takes no room."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Kept] = {}
@@ -49,25 +59,6 @@ class MemoryStore(Store):
 
     def save(self, client: int, round: int, kept: Kept) -> None:
         self._kept[client] = kept
-
-    def dump(self) -> bytes:
-        """Return all devices as safetensors bytes."""
-        tensors: dict[str, Tensor] = {}
-        kinds: dict[str, Any] = {}
-        for client, kept in self._kept.items():
-            mine, kind = flatten(kept)
-            tensors |= {f"{client}|{name}": t for name, t in mine.items()}
-            kinds[str(client)] = kind
-        return pack_tensors(tensors, {"kept": json.dumps(kinds)})
-
-    def restore(self, data: bytes) -> None:
-        """Replace all devices by those of :meth:`dump`."""
-        kinds = json.loads(read_metadata(data)["kept"])
-        grouped: dict[str, dict[str, Tensor]] = {client: {} for client in kinds}
-        for name, tensor in unpack_tensors(data, "devices").items():
-            client, rest = name.split("|", 1)
-            grouped[client][rest] = tensor
-        self._kept = {int(client): unflatten(mine, kinds[client]) for client, mine in grouped.items()}
 
 
 class FolderStore(Store):

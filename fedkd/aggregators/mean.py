@@ -40,15 +40,21 @@ def share(answer: Answer, *, weighted: bool) -> float:
 
 def mean_weights(answers: Iterable[Answer], *, weighted: bool) -> Tensors:
     """Return the mean of model tensors by name; integer buffers (step counters) take the first answer's value."""
-    answers = list(answers)
-    first = answers[0].payload.tensors()
-    result: dict[str, Tensor] = {}
-    for name, example in first.items():
-        if example.is_floating_point():
-            result[name] = weighted_mean((a.payload.tensors()[name], share(a, weighted=weighted)) for a in answers)
-        else:
-            result[name] = example
-    return result
+    sums: dict[str, Tensor] = {}
+    first: Tensors = {}
+    total = 0.0
+    for answer in answers:
+        weight = share(answer, weighted=weighted)
+        tensors = answer.payload.tensors()
+        first = first or tensors
+        for name, value in tensors.items():
+            if value.is_floating_point():
+                term = value.double() * weight
+                sums[name] = term if name not in sums else sums[name].add_(term)
+        total += weight
+    if total <= 0:
+        raise ValueError("a mean needs at least one item of positive weight")
+    return {name: (sums[name] / total).to(t.dtype) if name in sums else t for name, t in first.items()}
 
 
 def era(probabilities: Tensor, temperature: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from fedkd.messages import Reply, Request
 from fedkd.site import Site
 from fedkd.store import MemoryStore, Store
 
-SLICE = 1024
+SLICE = 256
 """Devices that go through the procedure together at most; bounds the memory of states in flight."""
 
 
@@ -26,7 +26,8 @@ SLICE = 1024
 class Inspection:
     """What devices' models make of the test set.
 
-    ``correct`` int64 [K, C]: right answers per device and class. ``ensemble`` float64 [N, C]: mean probabilities.
+    ``correct`` int64 [K, C]: right answers per device looked at and class. ``ensemble`` float64 [N, C]: their mean
+    probabilities.
     """
 
     correct: NDArray[np.int64]
@@ -51,7 +52,14 @@ class Runner(ABC):
         return {}
 
     def restore(self, files: Mapping[str, bytes], round: int) -> None:
-        """Go back to the checkpoint made after ``round``."""
+        """Go back to the checkpoint made after ``round``.
+
+        Raises:
+            StorageError: what devices kept then cannot be read.
+        """
+
+    def retain(self, files: Mapping[str, bytes]) -> None:
+        """Keep what an older checkpoint refers to, should the run have to fall back to it."""
 
 
 def make_engine(site: Site, kind: str) -> Engine:
@@ -62,9 +70,9 @@ def make_engine(site: Site, kind: str) -> Engine:
 class LocalRunner(Runner):
     """All devices in this process."""
 
-    def __init__(self, site: Site, engine: Engine, store: MemoryStore | None = None) -> None:
+    def __init__(self, site: Site, engine: Engine, store: Store | None = None) -> None:
         self.site, self.engine = site, engine
-        self.store = store if store is not None else MemoryStore()
+        self.store: Store = store if store is not None else MemoryStore()
         self.name = site.experiment.runner.kind
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
@@ -75,10 +83,29 @@ class LocalRunner(Runner):
         return inspect(self.site, self.engine, self.store, clients, round)
 
     def save(self) -> Mapping[str, bytes]:
-        return {"devices.safetensors": self.store.dump()}
+        return self.store.snapshot()
 
     def restore(self, files: Mapping[str, bytes], round: int) -> None:
-        self.store.restore(files["devices.safetensors"])
+        self.store.restore(files, round)
+
+    def retain(self, files: Mapping[str, bytes]) -> None:
+        self.store.retain(files)
+
+
+class Only(Runner):
+    """Lets some devices alone take part; of the others an error comes back at once."""
+
+    def __init__(self, inner: Runner, clients: Collection[int]) -> None:
+        self.inner, self.name, self._clients = inner, inner.name, frozenset(clients)
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        for request in requests:
+            if request.client not in self._clients:
+                yield Reply(request.client, request.round, None, "left out")
+        yield from self.inner.ask([request for request in requests if request.client in self._clients])
+
+    def inspect(self, clients: Sequence[int], round: int) -> Inspection | None:
+        return self.inner.inspect(clients, round)
 
 
 @torch.no_grad()
@@ -90,11 +117,10 @@ def inspect(site: Site, engine: Engine, store: Store, clients: Sequence[int], ro
     cards = [site.cards[k] for k in clients]
     correct = np.zeros((len(clients), site.classes), np.int64)
     ensemble = np.zeros((len(labels), site.classes))
-    kept = [store.load(k, round).state for k in clients]
     torches = [i for i, card in enumerate(cards) if card.gradients]
     for start in range(0, len(torches), SLICE):
         part = torches[start : start + SLICE]
-        states = [s if (s := kept[i]) is not None else site.new_device(cards[i]) for i in part]
+        states = [store.load(clients[i], round).state or site.new_device(cards[i]) for i in part]
         for k, scores in engine.scores([cards[i] for i in part], states, x):
             correct[part[k]] = count_correct(scores, labels, site.classes)
             ensemble += scores.softmax(-1).numpy()

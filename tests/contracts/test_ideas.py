@@ -24,11 +24,12 @@ from fedkd.algorithms.feddf import FedDF
 from fedkd.algorithms.fedmd import FedMD
 from fedkd.algorithms.fedproto import FedProto
 from fedkd.algorithms.fedprox import FedProx
+from fedkd.collected import Collected
 from fedkd.experiment import validate
 from fedkd.messages import read_request
 from fedkd.nets import Net
 from fedkd.payloads import Bundle, LabelLogits, Logits, Nothing, Payload, Prototypes, SoftLabels, Weights
-from fedkd.rounds import Collected, Rounds
+from fedkd.rounds import Rounds
 from fedkd.runners.base import LocalRunner, make_engine
 from fedkd.server_tools import Tools
 from fedkd.site import Site
