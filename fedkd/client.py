@@ -13,10 +13,12 @@ import torch
 
 from fedkd.algorithms.base import Card, DeviceState, Heard, Phase
 from fedkd.engines.base import Engine, Task
-from fedkd.messages import Heading, Reply, Request, read_request
+from fedkd.messages import Heading, Reply, Request, read_request, write_reply
 from fedkd.nets import PredictorNet
-from fedkd.payloads import Envelope, Nothing, Payload, PayloadError, SoftLabels, ids_hash
+from fedkd.payloads import Nothing, Payload, PayloadError, SoftLabels, ids_hash
 from fedkd.predictors import learn
+from fedkd.privacy.dpsgd import train_private
+from fedkd.privacy.mechanisms import Party
 from fedkd.records import Records, records
 from fedkd.seeding import key
 from fedkd.site import Site
@@ -33,6 +35,12 @@ class _Turn:
     heading: Heading
     task: Task
     answer: Payload | None = None
+    refused: str | None = None
+
+    @property
+    def party(self) -> Party:
+        """Who asks the mechanism."""
+        return Party(device=self.card.id, run=self.heading.run, round=self.heading.round)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,12 @@ def respond(site: Site, engine: Engine, store: Store, requests: Sequence[Request
 
     torches = [turn for turn in turns if turn.card.gradients]
     _train(site, engine, torches)
-    speakers = [turn for turn in torches if len(turn.task.private) or site.method.upload is Nothing]
+    # Under DP-SGD a device without records answers as well: its silence would tell that it has none.
+    speakers = [
+        turn
+        for turn in torches
+        if turn.refused is None and (len(turn.task.private) or site.method.upload is Nothing or site.mechanism.trains)
+    ]
     for turn, payload in zip(speakers, engine.answer([t.task for t in speakers]) if speakers else [], strict=True):
         turn.answer = payload
     for turn in turns:
@@ -117,8 +130,14 @@ def _train(site: Site, engine: Engine, turns: Sequence[_Turn]) -> None:
         plans.setdefault(outline, []).append(turn)
         phases[outline] = plan
     for outline, members in plans.items():
+        refused = site.mechanism.admit(phases[outline], [turn.party for turn in members])
+        for turn in members:
+            turn.refused = refused.get(turn.card.id)
         for phase in phases[outline]:
-            engine.train(phase, [turn.task for turn in members])
+            if phase.data == "private" and site.mechanism.trains:
+                train_private(engine, phase, [turn.task for turn in members if turn.refused is None])
+            else:
+                engine.train(phase, [turn.task for turn in members])
 
 
 def _predict(site: Site, turn: _Turn) -> Payload:
@@ -147,23 +166,16 @@ def _finish(site: Site, store: Store, turn: _Turn) -> Reply:
     )
     received = head.message if site.codec_down.needs_reference else None
     weighs = site.method.weighted and not isinstance(payload, Nothing)
-    envelope = Envelope(
-        run=head.run,
-        round=head.round,
-        sender=turn.card.id,
-        proxy=site.proxy_identity,
-        ids=ids_hash(head.ask),
-        examples=float(len(task.private)) if weighs else 1.0,
-    )
+    examples = float(len(task.private)) if weighs else 1.0
+    released = site.mechanism.release(payload, turn.party, examples=examples, losses=task.losses)
     try:
-        released = site.mechanism.release(payload).payload
         reference = turn.kept.sent if turn.kept.sent_round == request.holds and request.holds >= 0 else None
-        body = site.codec_up.encode(released, envelope, reference)
+        body = write_reply(site, turn.card, head, released, reference)
         sent = turn.kept.sent
         sent_round = turn.kept.sent_round
         if site.codec_up.needs_reference and not isinstance(payload, Nothing):
-            sent, sent_round = site.codec_up.roundtrip(released, reference), head.round
+            sent, sent_round = site.codec_up.roundtrip(released.payload, reference), head.round
     except PayloadError as cause:
         return Reply(request.client, request.round, None, f"answer cannot be encoded ({cause.reason}): {cause}")
     store.save(request.client, request.round, Kept(state, received, sent, sent_round))
-    return Reply(request.client, request.round, body, losses=tuple(task.losses.items()))
+    return Reply(request.client, request.round, body, losses=released.losses)

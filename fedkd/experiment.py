@@ -18,6 +18,7 @@ from fedkd.algorithms.base import Algorithm
 from fedkd.codecs import codec as parse_codec
 from fedkd.data import DataConfig, PartitionConfig, ProxyConfig
 from fedkd.errors import ConfigError
+from fedkd.privacy.config import PrivacyConfig
 from fedkd.virtual.config import StalenessConfig
 
 MAX_SWEEP = 1000
@@ -108,12 +109,6 @@ class CodecConfig(Section):
         return value
 
 
-class PrivacyConfig(Section):
-    """What protects the answers that leave a device. `none`: nothing does, and epsilon is infinity."""
-
-    kind: Literal["none"] = "none"
-
-
 class EvaluationConfig(Section):
     """What is measured, and how often. None of it changes a result."""
 
@@ -190,6 +185,7 @@ class Experiment(Section):
                 f"{method.name} averages weights, so that every device and the student need one architecture; got "
                 f"{sorted({*self.models.devices, self.models.student})}. Methods that take several: see `fedkd methods`"
             )
+        self.privacy.check(method, self.population)
         return self
 
     @property

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedkd.algorithms.base import Card
 from fedkd.errors import FedkdError
 from fedkd.payloads import Bundle, Contract, Envelope, Payload, PayloadError, ProxyIndices, ids_hash
+from fedkd.privacy.mechanisms import Released
 from fedkd.site import Site
 
 SERVER = -1
@@ -98,6 +99,25 @@ def read_request(site: Site, card: Card, body: bytes, reference: Payload | None 
     if envelope.ids != ids_hash(ask):
         raise PayloadError("ids", "the proxy indices asked for do not match their hash")
     return Heading(envelope.round, envelope.run, site.widen(payload.parts["knowledge"]), teach, ask, payload)
+
+
+def write_reply(site: Site, card: Card, heading: Heading, released: Released, reference: Payload | None) -> bytes:
+    """Return the message up. The only way from an answer to bytes, and it takes nothing but a ``Released``.
+
+    Raises:
+        TypeError: anything else is handed in.
+    """
+    if type(released) is not Released:
+        raise TypeError(f"only what a mechanism released may be sent, got a {type(released).__name__}")
+    envelope = Envelope(
+        run=heading.run,
+        round=heading.round,
+        sender=card.id,
+        proxy=site.proxy_identity,
+        ids=ids_hash(heading.ask),
+        examples=released.examples,
+    )
+    return site.codec_up.encode(released.payload, envelope, reference)
 
 
 def _known_samples(site: Site) -> int:

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkd.algorithms.base import Algorithm, Answer, ServerState
+from fedkd.algorithms.base import Algorithm, Answer, Answers, ServerState
 from fedkd.collected import Collected
 from fedkd.messages import Request, write_request
 from fedkd.payloads import Bundle, Contract, Envelope, Nothing, Payload, PayloadError, ids_hash
+from fedkd.privacy.mechanisms import NothingReleased
 from fedkd.runners.base import Inspection, Runner, count_correct
 from fedkd.seeding import numpy_rng
 from fedkd.server_tools import Tools
@@ -133,7 +134,10 @@ class Rounds:
         count = len(self.site.cards)
         pool = np.arange(count) if free is None else np.flatnonzero(free)
         rng = numpy_rng(self.experiment.seed, "cohort", round)
-        asked = np.sort(rng.choice(pool, size=min(self.wanted, len(pool)), replace=False))
+        if self.site.mechanism.secret_cohort:
+            asked = self.site.mechanism.draw(count, self.population.participation)
+        else:
+            asked = np.sort(rng.choice(pool, size=min(self.wanted, len(pool)), replace=False))
         luck = rng.random((2, count))
         chance = self.population.dropout
         dropped = {int(k): float(luck[0, k] / chance) for k in asked if luck[0, k] < chance}
@@ -166,7 +170,7 @@ class Rounds:
             "failed": failed,
             "bytes_up": open.up,
             "bytes_down": open.down,
-            "epsilon": None if np.isinf(self.site.mechanism.epsilon) else self.site.mechanism.epsilon,
+            "epsilon": self.site.mechanism.claim().epsilon,
             "loss": {name: float(np.mean(values)) for name, values in sorted(open.losses.items())},
             "staleness": float(np.mean(open.staleness)) if open.staleness else None,
             "in_flight": sum(not flight.given_up for flight in progress.flights.values()),
@@ -326,11 +330,17 @@ class Rounds:
         if self.method.upload is Nothing:
             return None
         minimum = self.population.minimum
-        if len(open.accepted) < minimum:
+        # Under a secret cohort a failed round would tell how many took part.
+        if len(open.accepted) < minimum and not self.site.mechanism.secret_cohort:
             return f"{len(open.accepted)} answers, at least {minimum} are needed; the server stays as it was"
-        tools = Tools(self.site, open.number, open.ask)
-        knowledge = self.method.aggregate(open.accepted, progress.state, tools)
-        state = replace(progress.state, knowledge=knowledge, asked=open.ask)
+        answers: Answers
+        try:
+            answers, ask = self.site.mechanism.combine(open.accepted, open.ask, run=self.run, round=open.number)
+        except NothingReleased as cause:
+            return str(cause)
+        tools = Tools(self.site, open.number, ask)
+        knowledge = self.method.aggregate(answers, progress.state, tools)
+        state = replace(progress.state, knowledge=knowledge, asked=ask)
         progress.state = self.method.update(state, knowledge, tools)
         return None
 

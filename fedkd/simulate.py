@@ -23,6 +23,8 @@ from fedkd.algorithms.base import ServerState
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.experiment import Experiment, read_yaml, validate
 from fedkd.payloads import Payload, outline, rebuild
+from fedkd.privacy.build import open_ledger
+from fedkd.privacy.config import PrivacyConfig
 from fedkd.report.runfolder import write_sweep_summary
 from fedkd.rounds import Progress, Rounds
 from fedkd.runners.base import LocalRunner, Only, Runner, make_engine
@@ -90,6 +92,7 @@ def resume(folder: Path, watch: Watch | None = None) -> Finished:
 
 def _launch(site: Site, folder: Path, watch: Watch | None) -> Finished:
     """Run on the runner that the experiment names."""
+    open_ledger(site, folder)
     kind = site.experiment.runner.kind
     if site.experiment.runner.threads is not None:
         torch.set_num_threads(site.experiment.runner.threads)
@@ -300,7 +303,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _stopped(site: Site, runner: Runner, progress: Progress, status: str) -> dict[str, Any]:
-    epsilon = site.mechanism.epsilon
+    claim = site.mechanism.claim()
     return {
         "schema": SCHEMA,
         "name": site.experiment.name,
@@ -315,8 +318,9 @@ def _stopped(site: Site, runner: Runner, progress: Progress, status: str) -> dic
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
         "bytes_proxy": len(site.cards) * site.proxy.bytes if site.proxy is not None else 0,
-        "epsilon": None if np.isinf(epsilon) else epsilon,
-        "delta": None,
+        "epsilon": claim.epsilon,
+        "delta": claim.delta,
+        "privacy": claim.to_json(),
         "seconds": progress.seconds,
         "versions": versions(),
         "git_revision": git_revision(),
@@ -394,7 +398,9 @@ def _local_only(site: Site, clients: Sequence[int], folder: Path) -> dict[int, f
     experiment = site.experiment
     if not experiment.evaluation.local_only or site.method.pools_data or site.method.name == "local":
         return {}
-    alone = experiment.model_copy(update={"algorithm": {"name": "local"}, "codec": type(experiment.codec)()})
+    alone = experiment.model_copy(
+        update={"algorithm": {"name": "local"}, "codec": type(experiment.codec)(), "privacy": PrivacyConfig()}
+    )
     neighbour = Site(alone, site.federation)
     kind = experiment.runner.kind if experiment.runner.kind != "flower" else "stacked"
     for left in folder.glob(".local-*"):

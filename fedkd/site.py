@@ -20,7 +20,8 @@ from fedkd.errors import ConfigError
 from fedkd.experiment import Experiment
 from fedkd.models import Architecture
 from fedkd.payloads import Bundle, Contract, Nothing, Payload, ProxyIndices, Weights
-from fedkd.privacy.mechanisms import Mechanism, NoPrivacy
+from fedkd.privacy.build import build
+from fedkd.privacy.mechanisms import Mechanism
 from fedkd.records import Pool, Records, records
 from fedkd.seeding import key
 
@@ -53,7 +54,6 @@ class Site:
         self.test = Pool(federation.split.test, self.dtype)
         self.proxy: ProxySet | None = federation.proxy if self.method.proxy != "none" else None
         self.proxy_pool = Pool(self.proxy, self.dtype) if self.proxy is not None else None
-        self.mechanism: Mechanism = NoPrivacy()
         up, down = experiment.codecs
         self.codec_up, self.codec_down = codec(up), codec(down)
         self._architectures: dict[str, Architecture] = {}
@@ -61,6 +61,8 @@ class Site:
         self._starts: dict[tuple[str, tuple[str | int, ...]], Mapping[str, Tensor]] = {}
         self.cards = tuple(self._card(k) for k in range(len(parts)))
         self._check()
+        asked = 0 if self.proxy is None else experiment.proxy_per_round or len(self.proxy)
+        self.mechanism: Mechanism = build(experiment, clients=len(self.cards), queries=asked, classes=self.classes)
 
     @classmethod
     def load(cls, experiment: Experiment) -> Site:
@@ -181,6 +183,8 @@ class Site:
             raise ConfigError(
                 f"models.student {models.student!r} is no torch model, so that the server cannot train it"
             )
+        if self.experiment.privacy.kind == "dp_sgd":
+            self._check_dp_sgd()
         for card in self.cards:
             if not card.gradients and not method.predictors:
                 raise ConfigError(
@@ -207,3 +211,19 @@ class Site:
                 )
         if self.experiment.models.devices and method.upload is Weights and not all(c.gradients for c in self.cards):
             raise ConfigError(f"{method.name} sends weights, so that every device needs a torch model")
+
+    def _check_dp_sgd(self) -> None:
+        from fedkd.privacy.dpsgd import unsupported
+
+        for name in sorted({card.architecture for card in self.cards}):
+            architecture = self.architecture(name)
+            if not architecture.gradients:
+                raise ConfigError(
+                    f"{name!r} only answers predict_proba: DP-SGD trains by gradients, so that every device needs a "
+                    "torch model"
+                )
+        models = {a.name: a for card in self.cards for a in self.architectures_of(card).values()}
+        for name, architecture in sorted(models.items()):
+            reason = unsupported(architecture.build(0))
+            if reason is not None:
+                raise ConfigError(f"model {name!r} cannot be trained by DP-SGD: {reason}")

@@ -1,25 +1,54 @@
-"""What stands between an answer and the network: only a mechanism makes a ``Released``, and only a ``Released`` is sent."""
+"""What stands between an answer and the network: only a mechanism makes a ``Released``, and only a ``Released`` is sent.
+
+A mechanism works at two places. On a device, ``admit`` charges the ledger before private training begins, and
+``release`` lets the answer go. On the server, ``combine`` may replace the answers of a round by one noisy aggregate before
+the method sees them. ``NoPrivacy`` does nothing at either place and says so.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkd.errors import FedkdError
 from fedkd.payloads import Payload
+from fedkd.privacy.events import Event, Relation, Unit
+from fedkd.privacy.ledger import Ledger
+from fedkd.privacy.policy import Policy
+
+if TYPE_CHECKING:
+    from fedkd.algorithms.base import Answers, Phase
 
 _SEAL: Final = object()
 
 
+class PrivacyError(FedkdError):
+    """A release that would break the account."""
+
+
+class NothingReleased(FedkdError):
+    """A mechanism has charged, and found nothing that it may release in this round."""
+
+
 @dataclass(frozen=True)
 class Released:
-    """A payload that a mechanism has let go. It cannot be made elsewhere.
+    """What a mechanism has let go: the payload, and the two numbers that travel or are shown beside it.
+
+    ``examples``: count of records, 1 where counts must not leave. ``losses``: training losses by phase, without those of
+    private records where these must not leave. It cannot be made elsewhere.
 
     Raises:
         TypeError: if it is built outside a mechanism.
     """
 
     payload: Payload
+    examples: float
+    losses: tuple[tuple[str, float], ...]
     seal: object
 
     def __post_init__(self) -> None:
@@ -27,17 +56,96 @@ class Released:
             raise TypeError("only a Mechanism makes a Released; call mechanism.release(payload)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Party:
+    """A device that asks to work in one round of one run."""
+
+    device: int
+    run: str
+    round: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a run may say of its privacy. ``epsilon`` None is infinity; ``note`` says why, where it needs saying."""
+
+    mechanism: str
+    unit: Unit | None
+    relation: Relation | None
+    epsilon: float | None
+    delta: float | None
+    noise_multiplier: float | None = None
+    note: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for summaries."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
 class Mechanism(ABC):
-    """Turns an answer into something that may leave the device."""
+    """Turns an answer into something that may leave the device. Subclasses carry a "Guarantee:" block."""
+
+    name: str
+    unit: Unit | None = None
+    trains: bool = False
+    """Private phases of training go through :mod:`fedkd.privacy.dpsgd` instead of the engine's plain steps."""
+    secret_cohort: bool = False
+    """Clients are drawn by :meth:`draw`, in secret, instead of from the experiment's seed."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.policy: Policy | None = None
+
+    def open(self, ledger: Ledger, policy: Policy | None = None) -> None:
+        """Use ``ledger`` from now on, and let no device go beyond ``policy``."""
+        self.ledger, self.policy = ledger, policy
+
+    # ---- device -----------------------------------------------------------------------------------------------------
+    def admit(self, phases: Sequence[Phase], parties: Sequence[Party]) -> Mapping[int, str]:
+        """Charge what ``phases`` will cost to every party, on disk, and return those refused with the reason.
+
+        A refused device digests what it hears and trains on public data, leaves its records alone, and abstains.
+        """
+        return {}
 
     @abstractmethod
-    def release(self, payload: Payload) -> Released:
-        """Return what may leave."""
+    def release(
+        self, payload: Payload, party: Party, *, examples: float = 1.0, losses: Mapping[str, float] | None = None
+    ) -> Released:
+        """Return what may leave.
+
+        Raises:
+            PrivacyError: the party was not admitted, so that nothing of it may leave.
+        """
+
+    def _seal(self, payload: Payload, examples: float, losses: Mapping[str, float] | None) -> Released:
+        return Released(payload, examples, tuple((losses or {}).items()), _SEAL)
+
+    # ---- server -----------------------------------------------------------------------------------------------------
+    def combine(
+        self, answers: Answers, ask: NDArray[np.int64], *, run: str, round: int
+    ) -> tuple[Answers, NDArray[np.int64]]:
+        """Return the answers that the method may see, and the proxy indices that they belong to.
+
+        Raises:
+            NothingReleased: the round yields no knowledge.
+        """
+        return answers, ask
+
+    def draw(self, clients: int, participation: float) -> NDArray[np.int64]:
+        """Draw a secret cohort; only where ``secret_cohort``."""
+        raise NotImplementedError
+
+    # ---- account ----------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def claim(self) -> Claim:
+        """Return what may be said of all releases so far."""
 
     @property
-    @abstractmethod
     def epsilon(self) -> float:
-        """Epsilon of all that this mechanism has released so far; infinity where it protects nothing."""
+        """Epsilon of all that was released so far; infinity where it protects nothing."""
+        found = self.claim().epsilon
+        return float("inf") if found is None else found
 
 
 class NoPrivacy(Mechanism):
@@ -47,9 +155,17 @@ class NoPrivacy(Mechanism):
     shown so in every table, because whatever leaves may tell anything about any record.
     """
 
-    def release(self, payload: Payload) -> Released:
-        return Released(payload, _SEAL)
+    name = "none"
 
-    @property
-    def epsilon(self) -> float:
-        return float("inf")
+    def release(
+        self, payload: Payload, party: Party, *, examples: float = 1.0, losses: Mapping[str, float] | None = None
+    ) -> Released:
+        return self._seal(payload, examples, losses)
+
+    def claim(self) -> Claim:
+        return Claim(mechanism=self.name, unit=None, relation=None, epsilon=None, delta=None)
+
+
+def events_of(phases: Sequence[Phase], one: Event, steps: Mapping[str, int]) -> list[Event]:
+    """Return the events of the private ``phases`` of a round: ``one`` times the steps of each phase's section."""
+    return [one.times(steps[phase.settings]) for phase in phases if phase.data == "private" and steps[phase.settings]]

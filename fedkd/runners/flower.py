@@ -43,6 +43,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedkd.privacy.build import open_ledger
 from fedkd.runners.base import Inspection, Runner, inspect
 from fedkd.site import Site
 from fedkd.storage import pack_tensors, write_atomic, write_json
@@ -128,6 +129,7 @@ def desk(root: Path, run: str, experiment_hash: str) -> Desk:
     # One thread each: as many processes as the experiment has workers share the cores.
     torch.set_num_threads(experiment.runner.threads or 1)
     site = Site.load(experiment)
+    open_ledger(site, folder)
     return Desk(site, StackedEngine(site), Devices(folder, experiment))
 
 

@@ -1,0 +1,55 @@
+"""From an experiment to its mechanism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedkd.privacy.ledger import Ledger
+from fedkd.privacy.mechanisms import Mechanism, NoPrivacy
+from fedkd.privacy.policy import Policy
+
+if TYPE_CHECKING:
+    from fedkd.experiment import Experiment
+    from fedkd.site import Site
+
+LEDGER = "privacy/ledger.jsonl"
+"""Where a run keeps its ledger, below its folder."""
+
+
+def build(experiment: Experiment, *, clients: int, queries: int, classes: int) -> Mechanism:
+    """Return the mechanism that the section ``privacy:`` asks for, its noise calibrated.
+
+    Args:
+        clients: devices of the federation. queries: proxy samples asked in a round.
+    Raises:
+        ConfigError: the budget cannot be kept.
+    """
+    kind = experiment.privacy.kind
+    if kind == "none":
+        return NoPrivacy()
+    if kind == "dp_sgd":
+        from fedkd.privacy.record_level import DpSgd
+
+        return DpSgd(experiment)
+    from fedkd.privacy.client_level import ConfidentGnmax, GaussianLabels
+
+    chosen = GaussianLabels if kind == "labels" else ConfidentGnmax
+    return chosen(experiment, clients=clients, queries=queries, classes=classes)
+
+
+def open_ledger(site: Site, folder: Path) -> None:
+    """Let a simulation charge the ledger of the run in ``folder``, under the policy that the experiment names.
+
+    Raises:
+        LedgerError: the ledger was tampered with. PolicyError: the experiment goes beyond the policy.
+    """
+    privacy = site.experiment.privacy
+    if privacy.kind == "none" and privacy.policy is None:
+        return
+    policy = None
+    if privacy.policy is not None:
+        policy = Policy.load(Path(privacy.policy))
+        policy.check_experiment(site.experiment, site.proxy.identity if site.proxy is not None else None)
+    if privacy.kind != "none":
+        site.mechanism.open(Ledger(folder / LEDGER), policy)
