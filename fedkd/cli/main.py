@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedkd.cli.privacy import app as privacy_app
+from fedkd.cli.privacy import epsilon_line
 from fedkd.errors import FedkdError
 
 app = typer.Typer(
@@ -22,6 +24,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments before they run.")
 app.add_typer(config_app, name="config")
+app.add_typer(privacy_app, name="privacy")
 
 out = Console() if sys.stdout.isatty() else Console(width=140)
 err = Console(stderr=True)
@@ -107,8 +110,7 @@ def _tell(summary: Mapping[str, Any], folder: Path) -> None:
     proxy = summary["bytes_proxy"] / max(len(summary["per_client"]), 1) / 1e6
     extra = f" (of it {proxy:.3f} MB proxy set, once)" if proxy else ""
     lines.append(("per device", f"{up:.3f} MB up, {down:.3f} MB down{extra}"))
-    epsilon = summary["epsilon"]
-    lines.append(("epsilon", "infinity: no mechanism protects the answers" if epsilon is None else f"{epsilon:.3f}"))
+    lines.append(("epsilon", epsilon_line(summary)))
     lines.append(("time", f"{summary['seconds']:.1f} s, {summary['rounds_completed']} rounds of {summary['method']}"))
     lines.append(("run", str(folder)))
     width = max(len(name) for name, _ in lines)
