@@ -26,7 +26,7 @@ from fedkd.store import Kept, Store
 
 
 @dataclass
-class _Turn:
+class Turn:
     """One device's request on its way through the procedure."""
 
     request: Request
@@ -59,26 +59,7 @@ def respond(site: Site, engine: Engine, store: Store, requests: Sequence[Request
 
     The device's new state is stored before its reply is returned.
     """
-    heads: dict[tuple[int, str], Heading | str] = {}
-    shared: dict[tuple[str, str], Records] = {}
-    replies: dict[int, Reply] = {}
-    turns: list[_Turn] = []
-    for request in requests:
-        card = site.cards[request.client]
-        kept = store.load(request.client, request.round)
-        # Devices that were sent the very same bytes decode them once: it is one machine that plays them.
-        place = (id(request.body), card.architecture)
-        if place not in heads or site.codec_down.needs_reference:
-            try:
-                heads[place] = read_request(site, card, request.body, kept.received)
-            except PayloadError as cause:
-                heads[place] = f"request refused ({cause.reason}): {cause}"
-        head = heads[place]
-        if isinstance(head, str):
-            replies[request.client] = Reply(request.client, request.round, None, head)
-            continue
-        turns.append(_begin(site, card, request, kept, head, shared))
-
+    turns, replies = begin(site, store, requests)
     torches = [turn for turn in turns if turn.card.gradients]
     _train(site, engine, torches)
     # Under DP-SGD a device without records answers as well: its silence would tell that it has none.
@@ -96,9 +77,33 @@ def respond(site: Site, engine: Engine, store: Store, requests: Sequence[Request
     return [replies[request.client] for request in requests]
 
 
+def begin(site: Site, store: Store, requests: Sequence[Request]) -> tuple[list[Turn], dict[int, Reply]]:
+    """Let every device read its request and prepare; also return the replies of those that refuse theirs."""
+    heads: dict[tuple[int, str], Heading | str] = {}
+    shared: dict[tuple[str, str], Records] = {}
+    replies: dict[int, Reply] = {}
+    turns: list[Turn] = []
+    for request in requests:
+        card = site.cards[request.client]
+        kept = store.load(request.client, request.round)
+        # Devices that were sent the very same bytes decode them once: it is one machine that plays them.
+        place = (id(request.body), card.architecture)
+        if place not in heads or site.codec_down.needs_reference:
+            try:
+                heads[place] = read_request(site, card, request.body, kept.received)
+            except PayloadError as cause:
+                heads[place] = f"request refused ({cause.reason}): {cause}"
+        head = heads[place]
+        if isinstance(head, str):
+            replies[request.client] = Reply(request.client, request.round, None, head)
+            continue
+        turns.append(_begin(site, card, request, kept, head, shared))
+    return turns, replies
+
+
 def _begin(
     site: Site, card: Card, request: Request, kept: Kept, head: Heading, shared: dict[tuple[str, str], Records]
-) -> _Turn:
+) -> Turn:
     state = kept.state if kept.state is not None else site.new_device(card)
     if kept.state is not None and card.gradients and not set(site.method.roles) <= state.models.keys():
         # Roles that a device does not keep start as on a new device, should the server have no model to adopt.
@@ -117,12 +122,12 @@ def _begin(
         return shared[name]
 
     task = Task(card, state, heard, site.private(card.id), part(head.teach), part(head.ask))
-    return _Turn(request, card, kept, head, task)
+    return Turn(request, card, kept, head, task)
 
 
-def _train(site: Site, engine: Engine, turns: Sequence[_Turn]) -> None:
+def _train(site: Site, engine: Engine, turns: Sequence[Turn]) -> None:
     """Run the phases; devices whose plans are equal in outline go through them side by side."""
-    plans: dict[tuple[str, ...], list[_Turn]] = {}
+    plans: dict[tuple[str, ...], list[Turn]] = {}
     phases: dict[tuple[str, ...], tuple[Phase, ...]] = {}
     for turn in turns:
         plan = site.method.plan(turn.task.heard)
@@ -140,7 +145,7 @@ def _train(site: Site, engine: Engine, turns: Sequence[_Turn]) -> None:
                 engine.train(phase, [turn.task for turn in members])
 
 
-def _predict(site: Site, turn: _Turn) -> Payload:
+def _predict(site: Site, turn: Turn) -> Payload:
     """Let a client without gradients learn and answer."""
     predictor = site.architecture(turn.card.architecture).build(key(site.experiment.seed, "predictor", turn.card.id))
     x, y = turn.task.private.all()
@@ -155,7 +160,7 @@ def _predict(site: Site, turn: _Turn) -> Payload:
     return site.method.answer(net, View(private=None, public=public, classes=site.classes), turn.task.heard)
 
 
-def _finish(site: Site, store: Store, turn: _Turn) -> Reply:
+def _finish(site: Site, store: Store, turn: Turn) -> Reply:
     request, task, head = turn.request, turn.task, turn.heading
     payload = turn.answer if turn.answer is not None else Nothing()
     state = site.method.finish(task.state, payload, task.heard) if turn.card.gradients else task.state

@@ -18,8 +18,9 @@ from fedkd.algorithms.base import Algorithm
 from fedkd.codecs import codec as parse_codec
 from fedkd.data import DataConfig, PartitionConfig, ProxyConfig
 from fedkd.errors import ConfigError
+from fedkd.payloads import Nothing
 from fedkd.privacy.config import PrivacyConfig
-from fedkd.virtual.config import StalenessConfig
+from fedkd.virtual.config import StalenessConfig, VirtualConfig
 
 MAX_SWEEP = 1000
 M = TypeVar("M", bound=BaseModel)
@@ -92,7 +93,26 @@ class PopulationConfig(Section):
     )
     late: float = Field(0.0, ge=0, le=1, description="Chance that an answer comes after the round is closed.")
     minimum: int = Field(1, ge=1, description="Answers below which a round fails: its answers are discarded.")
+    over_selection: float = Field(
+        0.0, ge=0, description="Share of devices asked beyond those wanted; the first answers close the round."
+    )
+    deadline_seconds: float | None = Field(
+        None, gt=0, description="Virtual seconds after which a round is closed with what has come."
+    )
+    buffer: int | None = Field(
+        None,
+        ge=1,
+        description="Makes rounds asynchronous: this many answers close one, `participation` is the share of devices at "
+        "work at any time, and whoever is done is replaced at once.",
+    )
     staleness: StalenessConfig = StalenessConfig()
+
+    @property
+    def stalest(self) -> float:
+        """The largest staleness of an answer that is used; 0: late answers are discarded."""
+        if self.staleness.limit is not None:
+            return self.staleness.limit
+        return 0 if self.buffer is None else math.inf
 
 
 class CodecConfig(Section):
@@ -160,6 +180,9 @@ class Experiment(Section):
     pretrain: PretrainConfig = PretrainConfig()
     server: ServerConfig = ServerConfig()
     population: PopulationConfig = PopulationConfig()
+    virtual: VirtualConfig | None = Field(
+        None, description="What simulated devices are like; null: everybody answers at once."
+    )
     codec: CodecConfig = CodecConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -180,6 +203,7 @@ class Experiment(Section):
             raise ConfigError(f"{method.name} pretrains on labelled public records: set proxy.labelled=true")
         if self.proxy and self.proxy_per_round and self.proxy_per_round > self.proxy.size:
             raise ConfigError(f"proxy_per_round is {self.proxy_per_round}, more than proxy.size {self.proxy.size}")
+        self._fits_in_time()
         if not method.heterogeneous and len({*self.models.devices, self.models.student}) > 1:
             raise ConfigError(
                 f"{method.name} averages weights, so that every device and the student need one architecture; got "
@@ -187,6 +211,38 @@ class Experiment(Section):
             )
         self.privacy.check(method, self.population)
         return self
+
+    def _fits_in_time(self) -> None:
+        population, method = self.population, self.method
+        if self.virtual is None:
+            for name in ("over_selection", "deadline_seconds", "buffer"):
+                if getattr(population, name):
+                    raise ConfigError(
+                        f"population.{name} depends on who answers when: switch virtual time on, such as by virtual={{}}"
+                    )
+        if population.buffer is not None:
+            if method.upload is Nothing:
+                raise ConfigError(f"{method.name} sends nothing up, so that no answers can close an asynchronous round")
+            if population.over_selection:
+                raise ConfigError(
+                    "population.over_selection is for synchronous rounds: take it out, or population.buffer"
+                )
+            if population.buffer < population.minimum:
+                raise ConfigError(
+                    f"population.buffer ({population.buffer}) is below population.minimum ({population.minimum}): "
+                    "every round would fail"
+                )
+        if self.virtual is not None and self.privacy.sampling == "poisson" and self.privacy.kind in ("labels", "votes"):
+            raise ConfigError(
+                "privacy.sampling poisson draws clients in secret, each with the same chance; in virtual time who is there "
+                "and idle decides: take out virtual, or set privacy.sampling=fixed"
+            )
+        uneven = population.staleness.weighting == "polynomial" and population.staleness.power > 0
+        if population.stalest > 0 and uneven and not method.weighs and method.upload is not Nothing:
+            raise ConfigError(
+                f"{method.name} counts all answers alike, so that late ones cannot count for less: set "
+                "population.staleness.weighting=constant, or population.staleness.limit=0 to discard them"
+            )
 
     @property
     def method(self) -> Algorithm:

@@ -8,6 +8,8 @@ run as one block when the first of their results is needed.
 
 from __future__ import annotations
 
+import heapq
+import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +30,10 @@ from fedkd.seeding import numpy_rng
 from fedkd.server_tools import Tools
 from fedkd.site import Site
 from fedkd.virtual.flights import Flight
+from fedkd.virtual.world import NEVER, World
+
+Agenda = list[tuple[float, int]]
+"""A heap of (virtual second, client): when each flight comes to the end of its stage."""
 
 
 @dataclass
@@ -61,16 +67,24 @@ class Cohort:
 class Open:
     """A round that is open: what was asked, what has come so far, and what it cost.
 
-    ``seen``: devices that were asked or heard in this round; none is asked twice, so that (device, round) names an
-    answer, and none counts twice in an aggregate. ``bodies``: the messages written, by audience. ``told``: the same as
-    references for delta coding, valid from the next round on.
+    ``seen`` [K]: devices that were asked or heard in this round. None is asked twice, so that (device, round) names an
+    answer, and none counts twice in an aggregate. ``taken`` [K]: those, and devices that an earlier round keeps busy.
+    ``turns`` counts how often devices were asked, ``busy`` the devices at work or sending, ``own`` those of them that
+    this round asked. ``bodies``: the messages written, by audience. ``told``: the same as references for delta coding,
+    valid from the next round on.
     """
 
     number: int
     ask: NDArray[np.int64]
-    seen: set[int] = field(default_factory=set)
+    seen: NDArray[np.bool_]
+    taken: NDArray[np.bool_]
+    busy: int = 0
+    own: int = 0
+    turns: int = 0
+    deadline: float = NEVER
     asked: int = 0
     accepted: Collected = field(default_factory=Collected)
+    fresh: int = 0
     staleness: list[int] = field(default_factory=list)
     abstained: int = 0
     dropped: int = 0
@@ -95,13 +109,9 @@ class Rounds:
         self.experiment, self.method = site.experiment, site.method
         self.population = site.experiment.population
         self.wanted = max(1, round_half_up(self.population.participation * len(site.cards)))
-        self._remembers = self.limit > 0 and type(self.method).catch_up is not Algorithm.catch_up
-
-    @property
-    def limit(self) -> float:
-        """The largest staleness of an answer that is used; 0: late answers are discarded."""
-        limit = self.population.staleness.limit
-        return 0 if limit is None else limit
+        self._remembers = self.population.stalest > 0 and type(self.method).catch_up is not Algorithm.catch_up
+        virtual = site.experiment.virtual
+        self.world = None if virtual is None else World(virtual, site.experiment.seed, len(site.cards))
 
     # ---- before and after -------------------------------------------------------------------------------------------
     def begin(self) -> Progress:
@@ -129,15 +139,24 @@ class Rounds:
         return progress
 
     # ---- one round --------------------------------------------------------------------------------------------------
-    def cohort(self, round: int, free: NDArray[np.bool_] | None = None) -> Cohort:
-        """Draw who is asked of the devices that are ``free`` [K]; depends on the seed, the round and ``free`` alone."""
+    def cohort(
+        self, round: int, free: NDArray[np.bool_] | None = None, size: int | None = None, turn: int = 0
+    ) -> Cohort:
+        """Draw who is asked; depends on the seed and the arguments alone.
+
+        Args:
+            free: who can be asked [K]; None for all.
+            size: how many are asked at most; None for the experiment's participation.
+            turn: counts the draws of one round.
+        """
         count = len(self.site.cards)
         pool = np.arange(count) if free is None else np.flatnonzero(free)
-        rng = numpy_rng(self.experiment.seed, "cohort", round)
+        rng = numpy_rng(self.experiment.seed, "cohort", round, *((turn,) if turn else ()))
         if self.site.mechanism.secret_cohort:
             asked = self.site.mechanism.draw(count, self.population.participation)
         else:
-            asked = np.sort(rng.choice(pool, size=min(self.wanted, len(pool)), replace=False))
+            size = min(self.wanted if size is None else size, len(pool))
+            asked = np.sort(rng.choice(pool, size=size, replace=False))
         luck = rng.random((2, count))
         chance = self.population.dropout
         dropped = {int(k): float(luck[0, k] / chance) for k in asked if luck[0, k] < chance}
@@ -155,10 +174,15 @@ class Rounds:
         return np.sort(rng.choice(size, size=per_round, replace=False)).astype(np.int64)
 
     def _round(self, progress: Progress, number: int) -> dict[str, Any]:
-        open = Open(number, self.ask_indices(number))
-        self._at_once(progress, open)
+        open = self._open(progress, number)
+        if self.world is None:
+            self._at_once(progress, open)
+        else:
+            self._in_time(progress, open, self.world)
         self._give_up(progress, open)
         failed = self._close(progress, open)
+        if self.experiment.virtual is not None:
+            progress.clock += self.experiment.virtual.server_seconds
         record: dict[str, Any] = {
             "round": number,
             "asked": open.asked,
@@ -172,34 +196,128 @@ class Rounds:
             "bytes_down": open.down,
             "epsilon": self.site.mechanism.claim().epsilon,
             "loss": {name: float(np.mean(values)) for name, values in sorted(open.losses.items())},
+            "virtual_seconds": None if self.world is None else progress.clock,
             "staleness": float(np.mean(open.staleness)) if open.staleness else None,
             "in_flight": sum(not flight.given_up for flight in progress.flights.values()),
         }
         record |= self._evaluate(progress, number)
         return record
 
+    def _open(self, progress: Progress, number: int) -> Open:
+        seen, taken = np.zeros((2, len(self.site.cards)), bool)
+        taken[list(progress.flights)] = True
+        open = Open(number, self.ask_indices(number), seen, taken, busy=len(progress.flights))
+        if self.population.buffer is not None and self.population.deadline_seconds is not None:
+            open.deadline = progress.clock + self.population.deadline_seconds
+        return open
+
     # ---- when -------------------------------------------------------------------------------------------------------
     def _at_once(self, progress: Progress, open: Open) -> None:
         """Play a round without virtual time: whoever is asked answers at once, or late, or not at all."""
         for client in sorted(progress.flights):
             self._land(progress, open, progress.flights[client])
-        free = np.ones(len(self.site.cards), bool)
-        free[list(open.seen)] = False
-        self._dispatch(progress, open, self.cohort(open.number, free))
+        self._dispatch(progress, open, self.cohort(open.number, ~open.taken))
         for flight in self._work(progress):
             self._land(progress, open, flight)
 
-    def _dispatch(self, progress: Progress, open: Open, cohort: Cohort) -> None:
-        """Send the requests of a cohort."""
-        open.asked += len(cohort.asked)
-        open.seen.update(cohort.asked)
-        for request, heard in self._requests(progress, open, cohort.asked):
+    def _in_time(self, progress: Progress, open: Open, world: World) -> None:
+        """Play a round in virtual time, from moment to moment, until it is full, overdue, or nothing can come any more."""
+        agenda = [(flight.at, client) for client, flight in progress.flights.items()]
+        heapq.heapify(agenda)
+        world.there(progress.clock)
+        while not self._full(open):
+            comes = self._fill(progress, open, world, agenda)
+            moment = agenda[0][0] if agenda else NEVER
+            following = min(moment, comes, open.deadline)
+            if following == NEVER:
+                return
+            # What happens while the server teaches waits for it.
+            progress.clock = max(progress.clock, following)
+            if moment == following:
+                self._advance(progress, open, world, agenda, heapq.heappop(agenda)[1])
+            elif open.deadline == following:
+                return
+
+    def _fill(self, progress: Progress, open: Open, world: World, agenda: Agenda) -> float:
+        """Ask whom the round still wants; return when somebody comes whom it wants but who is away."""
+        needed, room = 1, self.wanted - open.busy
+        if self.population.buffer is None:
+            if open.turns:
+                return NEVER
+            room = math.ceil(self.wanted * (1 + self.population.over_selection))
+            needed = min(self.population.minimum, len(self.site.cards))
+        if room <= 0:
+            return NEVER
+        idle = ~open.taken
+        free = idle & world.there(progress.clock)
+        if free.sum() < needed:
+            return world.comes(progress.clock, idle)
+        cohort = self.cohort(open.number, free, room, open.turns)
+        if self.population.buffer is None and self.population.deadline_seconds is not None:
+            open.deadline = progress.clock + self.population.deadline_seconds
+        open.turns += 1
+        for client in self._dispatch(progress, open, cohort):
+            heapq.heappush(agenda, (progress.flights[client].at, client))
+        return NEVER if len(cohort.asked) == room else world.comes(progress.clock, idle)
+
+    def _full(self, open: Open) -> bool:
+        """Tell whether a round need not wait any longer."""
+        if self.population.buffer is not None:
+            return len(open.accepted) >= self.population.buffer
+        return open.turns > 0 and (not open.own or open.fresh >= self.wanted)
+
+    def _advance(self, progress: Progress, open: Open, world: World, agenda: Agenda, client: int) -> None:
+        """Let a flight come to the end of its stage, which is now."""
+        flight, now = progress.flights[client], progress.clock
+        if flight.stage == "lost":
+            self._end(progress, open, flight)
+            open.up += flight.lost_bytes
+            open.dropped += not flight.given_up
+            return
+        if flight.stage == "working":
+            if flight.reply is None:
+                for _ in self._work(progress):
+                    pass
+            assert flight.reply is not None
+            if flight.reply.body is not None:
+                size = len(flight.reply.body)
+                taken = float(world.latency[client] + size / world.up[client])
+                flight.stage, flight.at = "sending", now + taken
+                if world.leaves(client) < flight.at:
+                    flight.stage, flight.at = "lost", world.leaves(client)
+                    flight.lost_bytes = int(size * (flight.at - now) / taken)
+                heapq.heappush(agenda, (flight.at, client))
+                return
+        self._land(progress, open, flight)
+
+    def _dispatch(self, progress: Progress, open: Open, cohort: Cohort) -> list[int]:
+        """Send the requests of a cohort; return whose flights there are now."""
+        asked = list(self._requests(progress, open, cohort.asked))
+        open.asked += len(asked)
+        open.seen[list(cohort.asked)] = True
+        open.taken |= open.seen
+        costs = self.runner.work([request for request, _ in asked]) if self.world is not None else [0.0] * len(asked)
+        begun = []
+        for (request, heard), cost in zip(asked, costs, strict=True):
+            client, share = request.client, cohort.dropped.get(request.client)
             open.down += request.bytes
-            if request.client in cohort.dropped:
+            flight = Flight(request, "working", late=client in cohort.late, heard=heard)
+            if self.world is not None:
+                world, now = self.world, progress.clock
+                taken = float(world.latency[client] + request.bytes / world.down[client] + cost / world.flops[client])
+                flight.at = now + taken
+                if share is not None:
+                    flight.stage, flight.at = "lost", now + share * taken
+                if world.leaves(client) <= flight.at:
+                    flight.stage, flight.at = "lost", world.leaves(client)
+            elif share is not None:
                 open.dropped += 1
                 continue
-            late = request.client in cohort.late
-            progress.flights[request.client] = Flight(request, "working", late=late, heard=heard)
+            progress.flights[client] = flight
+            open.busy += 1
+            open.own += 1
+            begun.append(client)
+        return begun
 
     def _work(self, progress: Progress) -> Iterator[Flight]:
         """Let all devices work that were asked and have not; yields each flight when its reply is there."""
@@ -216,12 +334,15 @@ class Rounds:
         assert reply is not None
         if flight.late and request.round == open.number and reply.body is not None:
             flight.stage = "held"
+            open.busy -= 1
+            open.own -= 1
             return
-        del progress.flights[request.client]
+        if not flight.given_up:
+            open.seen[request.client] = True
+        self._end(progress, open, flight)
         self._count(open, flight)
         if flight.given_up:
             return
-        open.seen.add(request.client)
         if reply.body is None:
             open.refuse(request.client, "device", reply.error or "no answer")
             return
@@ -236,6 +357,15 @@ class Rounds:
         else:
             open.accepted.add(answer)
             open.staleness.append(open.number - request.round)
+            open.fresh += open.number == request.round
+
+    @staticmethod
+    def _end(progress: Progress, open: Open, flight: Flight) -> None:
+        client = flight.request.client
+        del progress.flights[client]
+        open.taken[client] = open.seen[client]
+        open.busy -= 1
+        open.own -= flight.request.round == open.number
 
     @staticmethod
     def _count(open: Open, flight: Flight) -> None:
@@ -248,7 +378,7 @@ class Rounds:
         """End the wait for answers that would be too stale in the next round."""
         for client in sorted(progress.flights):
             flight = progress.flights[client]
-            if not flight.given_up and open.number + 1 - flight.request.round > self.limit:
+            if not flight.given_up and open.number + 1 - flight.request.round > self.population.stalest:
                 open.late += 1
                 flight.given_up = True
             if flight.stage == "held":

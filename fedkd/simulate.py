@@ -209,7 +209,12 @@ def _restore(site: Site, runner: Runner, folder: Path) -> Progress | None:
             data = files["server.safetensors"]
             note = json.loads(read_metadata(data)["server"])
             tensors = unpack_tensors(data, str(checkpoint))
-            runner.restore(files, int(note["round"]) - 1)
+            waiting = {
+                int(f["client"]): int(f["round"])
+                for f in note["flights"]
+                if f["stage"] == "working" and "reply" not in f
+            }
+            runner.restore(files, int(note["round"]) - 1, waiting)
         except (StorageError, KeyError, ValueError) as cause:
             faults.append(str(cause))
             continue
@@ -322,6 +327,7 @@ def _stopped(site: Site, runner: Runner, progress: Progress, status: str) -> dic
         "delta": claim.delta,
         "privacy": claim.to_json(),
         "seconds": progress.seconds,
+        "virtual_seconds": None if site.experiment.virtual is None else progress.clock,
         "versions": versions(),
         "git_revision": git_revision(),
         "notes": [],
@@ -398,8 +404,17 @@ def _local_only(site: Site, clients: Sequence[int], folder: Path) -> dict[int, f
     experiment = site.experiment
     if not experiment.evaluation.local_only or site.method.pools_data or site.method.name == "local":
         return {}
+    crowd = experiment.population
+    # Alone there is nobody to wait for.
+    everybody = type(crowd)(participation=crowd.participation, dropout=crowd.dropout, minimum=crowd.minimum)
     alone = experiment.model_copy(
-        update={"algorithm": {"name": "local"}, "codec": type(experiment.codec)(), "privacy": PrivacyConfig()}
+        update={
+            "algorithm": {"name": "local"},
+            "codec": type(experiment.codec)(),
+            "privacy": PrivacyConfig(),
+            "population": everybody,
+            "virtual": None,
+        }
     )
     neighbour = Site(alone, site.federation)
     kind = experiment.runner.kind if experiment.runner.kind != "flower" else "stacked"

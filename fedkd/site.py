@@ -196,6 +196,7 @@ class Site:
                     f"{method.name} reads features, so that model {card.architecture!r} needs attributes `body` and "
                     "`head`"
                 )
+        self._check_staleness()
         method.check({c.architecture: self.architecture(c.architecture) for c in self.cards if c.gradients})
         widths = {self.architecture(c.architecture).features for c in self.cards if c.gradients}
         if method.features and len(widths) > 1:
@@ -227,3 +228,17 @@ class Site:
             reason = unsupported(architecture.build(0))
             if reason is not None:
                 raise ConfigError(f"model {name!r} cannot be trained by DP-SGD: {reason}")
+
+    def _check_staleness(self) -> None:
+        """Refuse late answers where they belong to other proxy samples than those of the round that would use them."""
+        per_round, population = self.experiment.proxy_per_round, self.experiment.population
+        if self.proxy is None or population.stalest == 0 or per_round in (None, len(self.proxy)):
+            return
+        # Two sizes that no model and no data set has both of: a contract that changes with them holds samples.
+        few, many = (self.contract_up(self.cards[0], samples).shapes for samples in (3, 7))
+        if few != many:
+            raise ConfigError(
+                f"{self.method.name} answers the proxy samples of its round, and a late answer would belong to others: "
+                "take out proxy_per_round, so that every round asks for the whole set, or discard late answers "
+                "(population.staleness.limit=0)"
+            )

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,6 +102,16 @@ class Architecture:
         model.load_state_dict(dict(weights))
         assert isinstance(model, nn.Module)
         return model
+
+    @cached_property
+    def forward_flops(self) -> float:
+        """Floating-point operations of a forward pass of one record, matrix products and convolutions counted."""
+        from fedkd.flops import Count
+
+        self.template.eval()
+        with torch.no_grad(), Count() as count:
+            self.template("forward", torch.zeros(1, *self.shape, dtype=self.dtype))
+        return float(count.total)
 
     def _check(self) -> None:
         names: dict[int, list[str]] = {}

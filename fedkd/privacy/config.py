@@ -125,7 +125,7 @@ class PrivacyConfig(BaseModel):
                 f"privacy.kind {self.kind} adds noise to sums of {wanted}; {method.name} sends {method.upload.__name__}. "
                 "Use ds_fl or cfd, or dp_sgd, which protects every kind of answer"
             )
-        if population.staleness.limit not in (None, 0):
+        if population.stalest > 0:
             raise ConfigError(
                 f"privacy.kind {self.kind} sums the answers of one round, to one set of queries: set "
                 "population.staleness.limit=0"

@@ -14,9 +14,11 @@ from torch import Tensor
 from fedkd.client import respond
 from fedkd.engines.base import Engine, SerialEngine
 from fedkd.engines.stacked import StackedEngine
+from fedkd.errors import ConfigError
 from fedkd.messages import Reply, Request
 from fedkd.site import Site
 from fedkd.store import MemoryStore, Store
+from fedkd.virtual.work import work
 
 SLICE = 256
 """Devices that go through the procedure together at most; bounds the memory of states in flight."""
@@ -43,6 +45,14 @@ class Runner(ABC):
     def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """Yield a reply for every request, in any order."""
 
+    def work(self, requests: Sequence[Request]) -> list[float]:
+        """Return the floating-point operations that every request costs its device, for virtual time.
+
+        Raises:
+            ConfigError: nobody may look (a real network).
+        """
+        raise ConfigError(f"virtual time is for simulations, and {self.name} asks real devices: take out `virtual:`")
+
     @abstractmethod
     def inspect(self, clients: Sequence[int], round: int) -> Inspection | None:
         """Return what the devices' models are worth before ``round``; None where nobody may look (a real network)."""
@@ -51,9 +61,11 @@ class Runner(ABC):
         """Return files for a checkpoint; empty where devices keep their own state."""
         return {}
 
-    def restore(self, files: Mapping[str, bytes], round: int) -> None:
+    def restore(self, files: Mapping[str, bytes], round: int, waiting: Mapping[int, int]) -> None:
         """Go back to the checkpoint made after ``round``.
 
+        Args:
+            waiting: devices that were asked by then and had not worked yet, and the round that asked.
         Raises:
             StorageError: what devices kept then cannot be read.
         """
@@ -79,13 +91,16 @@ class LocalRunner(Runner):
         for start in range(0, len(requests), SLICE):
             yield from respond(self.site, self.engine, self.store, requests[start : start + SLICE])
 
+    def work(self, requests: Sequence[Request]) -> list[float]:
+        return work(self.site, self.engine, self.store, requests)
+
     def inspect(self, clients: Sequence[int], round: int) -> Inspection | None:
         return inspect(self.site, self.engine, self.store, clients, round)
 
     def save(self) -> Mapping[str, bytes]:
         return self.store.snapshot()
 
-    def restore(self, files: Mapping[str, bytes], round: int) -> None:
+    def restore(self, files: Mapping[str, bytes], round: int, waiting: Mapping[int, int]) -> None:
         self.store.restore(files, round)
 
     def retain(self, files: Mapping[str, bytes]) -> None:

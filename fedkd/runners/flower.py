@@ -48,6 +48,7 @@ from fedkd.runners.base import Inspection, Runner, inspect
 from fedkd.site import Site
 from fedkd.storage import pack_tensors, write_atomic, write_json
 from fedkd.store import FolderStore, Kept, flatten
+from fedkd.virtual.work import work
 
 T = TypeVar("T")
 
@@ -71,7 +72,8 @@ class Devices(FolderStore):
 
     def __init__(self, run_folder: Path, experiment: Experiment) -> None:
         super().__init__(run_folder / DEVICES)
-        self.rounds_kept = experiment.checkpoint.every * experiment.checkpoint.keep + 1
+        # One more than rounds since the oldest checkpoint, and one for a request that was waiting there.
+        self.rounds_kept = experiment.checkpoint.every * experiment.checkpoint.keep + 2
 
     def save(self, client: int, round: int, kept: Kept) -> None:
         tensors, kind = flatten(kept)
@@ -172,10 +174,7 @@ class FlowerRunner(Runner):
         self._warned: set[str] = set()
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
-        if not self._begun and requests:
-            # Whatever an interrupted or an older run left behind for these rounds is none of this run's.
-            self._forget(min(request.round for request in requests) - 1)
-            self._begun = True
+        self._clear(requests)
         yield from self._asker.ask([Order(self.run, self._experiment, block) for block in self.blocks(requests)])
         for note in self._asker.notes:
             if note not in self._warned:
@@ -201,11 +200,24 @@ class FlowerRunner(Runner):
     def _stack_size(self, architecture: str, gradients: bool) -> int:
         return self.engine.block_size(architecture) if gradients else PREDICTORS_PER_BLOCK
 
+    def _clear(self, requests: Sequence[Request]) -> None:
+        """Drop what an interrupted or an older run left behind for the rounds to come: it is none of this run's."""
+        if not self._begun and requests:
+            self._forget(min(request.round for request in requests) - 1)
+            self._begun = True
+
+    def work(self, requests: Sequence[Request]) -> list[float]:
+        self._clear(requests)
+        return work(self.site, self.engine, self.store, requests)
+
     def inspect(self, clients: Sequence[int], round: int) -> Inspection | None:
         return inspect(self.site, self.engine, self.store, clients, round)
 
-    def restore(self, files: Mapping[str, bytes], round: int) -> None:
+    def restore(self, files: Mapping[str, bytes], round: int, waiting: Mapping[int, int]) -> None:
         self._forget(round)
+        for client, asked in waiting.items():
+            self.store.forget_after(asked - 1, [client])
+        self._begun = True
 
     def _forget(self, round: int) -> None:
         self.store.forget_after(round, [card.id for card in self.site.cards])

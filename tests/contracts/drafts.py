@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from fedkd.algorithms.base import (
     with_model,
 )
 from fedkd.losses import cross_entropy, kl_divergence
-from fedkd.payloads import Bundle, Contract, LabelLogits, Payload, Weights
+from fedkd.payloads import Bundle, Contract, LabelLogits, Payload, SoftLabels, Weights
 
 if TYPE_CHECKING:
     from fedkd.nets import Net
@@ -179,3 +179,23 @@ class DropsInputs(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(x))
         return out
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Deaf(Algorithm):
+    """Draft: the largest probability wins, whoever sent it and however late: answers cannot be weighted."""
+
+    name: ClassVar[str] = "deaf"
+    paper: ClassVar[str] = "draft"
+    upload: ClassVar[type[Payload]] = SoftLabels
+    download: ClassVar[type[Payload]] = SoftLabels
+    proxy: ClassVar[Literal["none", "unlabelled", "labelled"]] = "unlabelled"
+
+    def answer(self, net: Net, view: View, heard: Heard) -> Payload:
+        assert view.public is not None
+        return SoftLabels(labels=net.probabilities(view.public))
+
+    def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
+        top = torch.stack([a.payload.tensors()["labels"] for a in answers]).max(0).values
+        return SoftLabels(labels=top / top.sum(-1, keepdim=True))
