@@ -8,13 +8,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-from safetensors import SafetensorError
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fedkd.errors import FedkdError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 
@@ -23,15 +22,18 @@ class StorageError(FedkdError):
     """A file cannot be written, or what was read back is not what was written."""
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write ``data`` so that ``path`` holds either the old or the new content, whatever happens meanwhile.
+
+    ``mode``: permissions of the file from its first moment on, less the umask; 0o600 for a secret.
 
     Raises:
         StorageError: the disk is full or read-only; the old content stands.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(aside, "wb") as file:
+        aside.unlink(missing_ok=True)
+        with open(aside, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -58,6 +60,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def pack_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return ``tensors`` in the safetensors format."""
+    import safetensors.torch
+
     plain = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
     packed: bytes = safetensors.torch.save(plain, dict(metadata) if metadata else None)
     return packed
@@ -69,6 +73,9 @@ def unpack_tensors(data: bytes, where: str) -> dict[str, Tensor]:
     Raises:
         StorageError: the bytes are no safetensors file.
     """
+    import safetensors.torch
+    from safetensors import SafetensorError
+
     try:
         # Cloned, because the tensors lie unaligned in the file's bytes, and a matrix product over unaligned memory
         # may round differently: a resumed run would drift from an uninterrupted one.

@@ -1,0 +1,13 @@
+# The server's image, for x86-64 and arm64, as a user without rights. Keys are not in it: the kit is mounted.
+#   docker build -t fedkd-server -f Dockerfile CHECKOUT_OF_FEDKD
+FROM python:3.11-slim
+# The CPU build of torch by name: the plain arm64 wheel brings CUDA along.
+RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.8,<2.14"
+COPY . /src
+RUN pip install --no-cache-dir /src && rm -rf /src \
+ && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin fedkd
+USER 10001:10001
+EXPOSE @port@
+STOPSIGNAL SIGTERM
+HEALTHCHECK --start-period=60s --interval=30s CMD ["fedkd", "server", "status", "--ready", "/kit"]
+ENTRYPOINT ["fedkd", "server", "start", "--foreground", "/kit"]
