@@ -159,7 +159,14 @@ class RunnerConfig(Section):
     memory_gib: float = Field(
         2.0, ge=0, description="Memory for the states of devices, in GiB; beyond it they lie in memory-mapped files."
     )
-    workers: int = Field(2, ge=1, description="flower: worker nodes on Ray, each taking blocks of devices.")
+    workers: int = Field(2, ge=1, description="flower: processes on Ray that take blocks of devices.")
+    num_cpus: float = Field(
+        1.0, gt=0, description="flower: Ray's CPUs for each of them; one thread for each whole one."
+    )
+    num_gpus: float = Field(0.0, ge=0, description="flower: Ray's GPUs for each of them; 0.5 lets two share one.")
+    ray_address: str | None = Field(
+        None, description="flower: a Ray cluster to join, `auto` or host:port; null starts Ray on this machine."
+    )
 
 
 class Experiment(Section):

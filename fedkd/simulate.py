@@ -83,10 +83,8 @@ def resume(folder: Path, watch: Watch | None = None) -> Finished:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder} holds no run: expected a {CONFIG} in it")
     experiment = validate(read_yaml(folder / CONFIG))
-    if (folder / SUMMARY).is_file():
-        summary = json.loads((folder / SUMMARY).read_text())
-        if summary.get("status") == "finished":
-            return Finished(folder, summary)
+    if _is_finished(folder):
+        return Finished(folder, json.loads((folder / SUMMARY).read_text()))
     return _launch(Site.load(experiment), folder, watch)
 
 
@@ -461,15 +459,23 @@ def _git(folder: Path, *words: str) -> str:
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------------------
+Announce = Callable[[str, Experiment], Watch | None]
+"""Called with a point's name when it begins; returns what watches its rounds."""
+
+
 def sweep(
     points: Sequence[tuple[Mapping[str, Any], Experiment]],
     folder: Path,
-    announce: Callable[[str, Experiment], Watch | None] | None = None,
+    announce: Announce | None = None,
+    jobs: int | None = None,
 ) -> list[Finished]:
     """Run every point into a folder of its own below ``folder``; points that are finished are not run again.
 
+    ``jobs``: see :func:`resume_sweep`.
+
     Raises:
         ConfigError: ``folder`` holds something else.
+        FedkdError: points failed; the others are whole.
     """
     names = [_point_name(overrides) for overrides, _ in points]
     listing = {
@@ -492,25 +498,79 @@ def sweep(
             continue
         path.mkdir()
         write_atomic(path / CONFIG, experiment.dump().encode())
-    return resume_sweep(folder, announce)
+    return resume_sweep(folder, announce, jobs)
 
 
-def resume_sweep(folder: Path, announce: Callable[[str, Experiment], Watch | None] | None = None) -> list[Finished]:
-    """Go on with a sweep: finished points stay, interrupted ones are resumed, missing ones are run."""
-    listing = json.loads((folder / SWEEP).read_text())
-    finished = []
-    for point in listing["points"]:
-        path = folder / point["folder"]
-        experiment = validate(read_yaml(path / CONFIG))
-        watch = announce(point["folder"], experiment) if announce is not None else None
-        if not (path / PARTITION).is_file():
-            site = Site.load(experiment)
-            write_json(path / PARTITION, _partition(site))
-            finished.append(_launch(site, path, watch))
+def resume_sweep(folder: Path, announce: Announce | None = None, jobs: int | None = None) -> list[Finished]:
+    """Go on with a sweep: finished points stay, interrupted ones are resumed, missing ones are run.
+
+    Args:
+        jobs: points that are played side by side, each in a process of ``runner.threads`` threads (1 if the experiment
+            does not say); None: as many as there are cores for. The points' numbers do not depend on it. Points on
+            Flower bring workers of their own, so that they are played one at a time, after the others.
+
+    Raises:
+        FedkdError: points failed; the others are whole.
+    """
+    from fedkd.sweeping import cores, play_side_by_side
+
+    paths = [folder / point["folder"] for point in json.loads((folder / SWEEP).read_text())["points"]]
+    experiments = {path: validate(read_yaml(path / CONFIG)) for path in paths}
+    left = [path for path in paths if not _is_finished(path)]
+    apart = [path for path in left if experiments[path].runner.kind == "flower"]
+    together = [path for path in left if path not in apart]
+    watches: dict[Path, Watch | None] = {}
+    failed: dict[Path, str] = {}
+
+    def begun(path: Path) -> None:
+        watches[path] = announce(path.name, experiments[path]) if announce is not None else None
+
+    def heard(path: Path, message: Mapping[str, Any]) -> None:
+        watch = watches[path]
+        if watch is not None:
+            watch(message["row"], message["rounds"])
+
+    if together:
+        threads = max(experiments[path].runner.threads or 1 for path in together)
+        jobs = min(jobs or max(1, cores() // threads), len(together))
+        if jobs > 1:
+            failed |= play_side_by_side(together, jobs, threads, begun, heard)
         else:
-            finished.append(resume(path, watch))
+            apart = together + apart
+    for path in apart:
+        begun(path)
+        try:
+            play_point(path, watches[path])
+        except FedkdError as cause:
+            failed[path] = str(cause)
     write_sweep_summary(folder)
-    return finished
+    if failed:
+        first = next(path for path in paths if path in failed)
+        raise FedkdError(
+            f"{len(failed)} of the {len(paths)} points of {folder} failed, the first {first.name}: {failed[first]}. The "
+            "others are whole; go on with --resume when the cause is gone"
+        )
+    return [Finished(path, json.loads((path / SUMMARY).read_text())) for path in paths]
+
+
+def play_point(folder: Path, watch: Watch | None = None) -> Finished:
+    """Begin or go on with one point of a sweep, on ``runner.threads`` threads (1 if the experiment does not say)."""
+    experiment = validate(read_yaml(folder / CONFIG))
+    before = torch.get_num_threads()
+    torch.set_num_threads(experiment.runner.threads or 1)
+    try:
+        if (folder / PARTITION).is_file():
+            return resume(folder, watch)
+        site = Site.load(experiment)
+        write_json(folder / PARTITION, _partition(site))
+        return _launch(site, folder, watch)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _is_finished(folder: Path) -> bool:
+    path = folder / SUMMARY
+    return path.is_file() and json.loads(path.read_text()).get("status") == "finished"
 
 
 def _point_name(overrides: Mapping[str, Any]) -> str:

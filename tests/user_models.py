@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -65,6 +70,21 @@ class OddNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.out(self.norm(x[:, :, None]).flatten(1))
         return out
+
+
+def Dies(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Takes its process along, as a model does that needs more memory than there is."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return tiny(shape, classes)
+
+
+def Notes(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Writes down what process it is built in."""
+    note = {"pid": os.getpid(), "threads": torch.get_num_threads(), "omp": os.environ.get("OMP_NUM_THREADS")}
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        note["node"] = sys.modules["ray"].get_runtime_context().get_node_id()
+    Path(os.environ["FEDKD_TEST_NOTES"], str(os.getpid())).write_text(json.dumps(note))
+    return tiny(shape, classes)
 
 
 class Unlucky:

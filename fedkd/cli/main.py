@@ -53,6 +53,9 @@ def simulate(
     runner: Annotated[str | None, typer.Option(help="serial, stacked or flower; results are the same.")] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run or sweep in this folder.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Points of a sweep side by side; default: as many as there are cores for.")
+    ] = None,
 ) -> None:
     """Train a student by federated distillation: the bundled digits, or the experiment named."""
     from fedkd import simulate as sim
@@ -66,7 +69,7 @@ def simulate(
             if words or runner:
                 raise typer.BadParameter("--resume goes on with what the folder says; it takes no other words")
             if (folder / sim.SWEEP).is_file():
-                finished = sim.resume_sweep(folder, announcer)
+                finished = sim.resume_sweep(folder, announcer, jobs)
             else:
                 finished = [sim.resume(folder, announcer.single())]
         else:
@@ -78,7 +81,7 @@ def simulate(
             if len(points) == 1:
                 finished = [sim.start(points[0][1], folder, announcer.single())]
             else:
-                finished = sim.sweep(points, folder, announcer)
+                finished = sim.sweep(points, folder, announcer, jobs)
     except KeyboardInterrupt:
         announcer.close()
         err.print("Stopped. Go on with: [bold]fedkd simulate --resume " + str(folder) + "[/bold]", highlight=False)

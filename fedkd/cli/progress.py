@@ -46,6 +46,10 @@ class Announcer:
                 console=self._console,
             )
             self._bar.start()
+        # The bars of points that are done make room: a sweep may have more points than the terminal has lines.
+        for done in [task for task in self._bar.tasks if task.finished]:
+            self._bar.console.print(f"{done.description}  {done.fields['said']}", highlight=False, soft_wrap=True)
+            self._bar.remove_task(done.id)
         bar, task = self._bar, self._bar.add_task(title or "rounds", total=None, said="")
         return lambda record, rounds: self._advance(bar, task, record, rounds)
 

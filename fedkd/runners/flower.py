@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -34,7 +35,7 @@ from fedkd.client import respond
 from fedkd.engines.base import Engine
 from fedkd.engines.stacked import Fallback, StackedEngine
 from fedkd.errors import ConfigError, FedkdError
-from fedkd.experiment import Experiment, load, read_yaml, validate
+from fedkd.experiment import Experiment, RunnerConfig, load, read_yaml, validate
 from fedkd.messages import Reply, Request
 
 # Before Flower itself: it sets the switches that Flower reads when it is imported.
@@ -56,7 +57,7 @@ DEVICES, EXPERIMENT = "devices", "experiment.yaml"
 PREDICTORS_PER_BLOCK = 64
 NODES_PER_WORKER = 4
 """Flower hands a node one message per tenth of a second, so that a few nodes per worker keep the workers busy."""
-WORKER_OPTIONS: Mapping[str, float] = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": 100, "max_task_retries": 1}
+WORKER_OPTIONS: Mapping[str, float] = {"max_restarts": 100, "max_task_retries": 1}
 """Flower hands them to Ray's `options`. Without restarts one crash of a worker spoils Flower's pool; without a retry a
 block that meets a worker on its way back up looks as if it had crashed it."""
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -128,8 +129,8 @@ def desk(root: Path, run: str, experiment_hash: str) -> Desk:
     if digest(text) != experiment_hash:
         raise GridError(f"{path} is not the experiment that the server runs: start the run again")
     experiment = validate(read_yaml(path))
-    # One thread each: as many processes as the experiment has workers share the cores.
-    torch.set_num_threads(experiment.runner.threads or 1)
+    # As many processes as the experiment has workers share the cores: each takes what Ray gave it and no more.
+    torch.set_num_threads(experiment.runner.threads or max(1, int(experiment.runner.num_cpus)))
     site = Site.load(experiment)
     open_ledger(site, folder)
     return Desk(site, StackedEngine(site), Devices(folder, experiment))
@@ -251,20 +252,22 @@ def run_on_flower(experiment: Experiment, folder: Path, body: Callable[[Runner],
         GridError: the engine did not start, or broke down.
     """
     at_hand = site if site is not None else Site.load(experiment)
-    return in_session(lambda session: body(session.runner(at_hand)), folder, workers=experiment.runner.workers)
+    return in_session(lambda session: body(session.runner(at_hand)), folder, experiment.runner)
 
 
-def in_session(body: Callable[[Session], T], root: Path, *, workers: int = 2, ray_address: str | None = None) -> T:
+def in_session(body: Callable[[Session], T], root: Path, settings: RunnerConfig | None = None) -> T:
     """Start the engine once for several runs below ``root``; otherwise as :func:`run_on_flower`.
 
-    ``ray_address`` joins a Ray cluster that is up, whose machines share the folder ``root``.
+    ``settings`` says how many workers there are and what Ray gives each. With ``ray_address`` they spread over a cluster
+    that is up; its machines share the folder ``root``, the data, and an installation of this library.
     """
     import ray
     from flwr.simulation import run_simulation
 
     root = root.resolve()
     outcome = _Outcome[T]()
-    nodes = NODES_PER_WORKER * workers
+    settings = settings if settings is not None else RunnerConfig()
+    nodes = NODES_PER_WORKER * settings.workers
 
     def main(grid: Grid, context: Context) -> None:
         outcome.fill(lambda: body(Session(grid, root, outcome.stop, nodes)))
@@ -276,10 +279,11 @@ def in_session(body: Callable[[Session], T], root: Path, *, workers: int = 2, ra
     # A short name: the paths of the sockets below it may have 107 characters at most.
     scratch_folder = tempfile.TemporaryDirectory(prefix="fkd-", ignore_cleanup_errors=True)
     with _same_environment(), _quiet_flower(outcome.stop), _orderly_end(outcome.stop), scratch_folder as scratch:
-        if ray_address is not None:
-            init["address"] = ray_address
+        if settings.ray_address is not None:
+            init["address"] = settings.ray_address
         else:
-            init |= {"num_cpus": workers, "_temp_dir": scratch, "object_store_memory": OBJECT_STORE_BYTES}
+            init |= {"num_cpus": math.ceil(settings.workers * settings.num_cpus), "_temp_dir": scratch}
+            init |= {"object_store_memory": OBJECT_STORE_BYTES}
         try:
             run_simulation(
                 server_app=server,
@@ -287,7 +291,11 @@ def in_session(body: Callable[[Session], T], root: Path, *, workers: int = 2, ra
                 num_supernodes=nodes,
                 backend_config={
                     "init_args": init,
-                    "client_resources": WORKER_OPTIONS,
+                    "client_resources": {
+                        "num_cpus": settings.num_cpus,
+                        "num_gpus": settings.num_gpus,
+                        **WORKER_OPTIONS,
+                    },
                 },
             )
         except KeyboardInterrupt as interrupt:

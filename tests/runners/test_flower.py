@@ -417,7 +417,7 @@ def test_on_ray(home: Path) -> None:
         raise Enough("that will do")
 
     with pytest.raises(Enough, match="that will do"):
-        flower.in_session(body, home / "runs", workers=2)
+        flower.in_session(body, home / "runs")
     simulate.start(serial(wanted), home / "serial" / "run")
     assert_same(home / "runs" / "run", home / "serial" / "run")
     assert_only_one_failed(records)
@@ -464,7 +464,7 @@ def test_every_method_on_ray(home: Path) -> None:
             start(site, opened.runner(site, method), home / "flower" / method)
         return len(methods)
 
-    assert flower.in_session(body, home / "flower", workers=2) == len(methods)
+    assert flower.in_session(body, home / "flower") == len(methods)
     for method in methods:
         simulate.start(serial(mixed(method)), home / "serial" / method)
         assert_same(home / "flower" / method, home / "serial" / method)
