@@ -19,6 +19,8 @@ from fedkd.payloads import Nothing, Payload, PayloadError, SoftLabels, ids_hash
 from fedkd.predictors import learn
 from fedkd.privacy.dpsgd import train_private
 from fedkd.privacy.mechanisms import Party
+from fedkd.privacy.secure.exchange import take_part, write_masked
+from fedkd.privacy.secure.protocol import SecureSumError, is_message
 from fedkd.records import Records, records
 from fedkd.seeding import key
 from fedkd.site import Site
@@ -59,7 +61,9 @@ def respond(site: Site, engine: Engine, store: Store, requests: Sequence[Request
 
     The device's new state is stored before its reply is returned.
     """
-    turns, replies = begin(site, store, requests)
+    replies = {r.client: take_part(site, store, r) for r in requests if is_message(r.body)}
+    turns, refused = begin(site, store, [request for request in requests if request.client not in replies])
+    replies |= refused
     torches = [turn for turn in turns if turn.card.gradients]
     _train(site, engine, torches)
     # Under DP-SGD a device without records answers as well: its silence would tell that it has none.
@@ -173,6 +177,13 @@ def _finish(site: Site, store: Store, turn: Turn) -> Reply:
     weighs = site.method.weighted and not isinstance(payload, Nothing)
     examples = float(len(task.private)) if weighs else 1.0
     released = site.mechanism.release(payload, turn.party, examples=examples, losses=task.losses)
+    if site.mechanism.sums_securely:
+        try:
+            masked = write_masked(site, store, turn.card, head, released)
+        except SecureSumError as cause:
+            return Reply(request.client, request.round, None, str(cause))
+        store.save(request.client, request.round, Kept(state, received))
+        return Reply(request.client, request.round, masked, losses=released.losses)
     try:
         reference = turn.kept.sent if turn.kept.sent_round == request.holds and request.holds >= 0 else None
         body = write_reply(site, turn.card, head, released, reference)

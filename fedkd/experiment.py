@@ -239,6 +239,11 @@ class Experiment(Section):
                     f"population.buffer ({population.buffer}) is below population.minimum ({population.minimum}): "
                     "every round would fail"
                 )
+        if self.virtual is not None and self.privacy.secure_sum:
+            raise ConfigError(
+                "privacy.secure_sum exchanges keys and shares in a cohort that is there at one time, of which virtual time "
+                "knows nothing yet: take out virtual"
+            )
         if self.virtual is not None and self.privacy.sampling == "poisson" and self.privacy.kind in ("labels", "votes"):
             raise ConfigError(
                 "privacy.sampling poisson draws clients in secret, each with the same chance; in virtual time who is there "

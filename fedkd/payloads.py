@@ -116,6 +116,15 @@ class ProxyIndices(Payload):
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Integers(Payload):
+    """M integers that enter a secure sum. They travel behind masks alone, never through a codec."""
+
+    fields: ClassVar[Mapping[str, Field]] = MappingProxyType({"values": Field(("M",), "integer")})
+    values: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class LabelLogits(Payload):
     """Mean class scores of the records of each label; ``held`` tells which labels the maker holds (FD)."""
 

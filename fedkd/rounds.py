@@ -26,6 +26,9 @@ from fedkd.messages import Request, write_request
 from fedkd.payloads import Bundle, Contract, Envelope, Nothing, Payload, PayloadError, ids_hash
 from fedkd.privacy.mechanisms import NothingReleased
 from fedkd.runners.base import Inspection, Runner, count_correct
+from fedkd.privacy.secure.exchange import SecureRound
+from fedkd.privacy.secure.mechanism import SecureSum
+from fedkd.privacy.secure.protocol import SecureSumError
 from fedkd.seeding import numpy_rng
 from fedkd.server_tools import Tools
 from fedkd.site import Site
@@ -95,6 +98,8 @@ class Open:
     losses: dict[str, list[float]] = field(default_factory=dict)
     bodies: dict[Hashable, tuple[bytes, Payload | None]] = field(default_factory=dict)
     told: dict[str, tuple[int, Payload]] = field(default_factory=dict)
+    sum: SecureRound | None = None
+    failed: str | None = None
 
     def refuse(self, client: int, reason: str, message: str) -> None:
         """Note an answer that is of no use; the round goes on without it."""
@@ -183,6 +188,10 @@ class Rounds:
         failed = self._close(progress, open)
         if self.experiment.virtual is not None:
             progress.clock += self.experiment.virtual.server_seconds
+        if open.sum is not None:
+            open.up, open.down = open.up + open.sum.up, open.down + open.sum.down
+            for client, reason in open.sum.refused.items():
+                open.refuse(client, "secure", reason)
         record: dict[str, Any] = {
             "round": number,
             "asked": open.asked,
@@ -292,8 +301,8 @@ class Rounds:
 
     def _dispatch(self, progress: Progress, open: Open, cohort: Cohort) -> list[int]:
         """Send the requests of a cohort; return whose flights there are now."""
-        asked = list(self._requests(progress, open, cohort.asked))
-        open.asked += len(asked)
+        asked = list(self._requests(progress, open, self._ready(open, cohort.asked)))
+        open.asked += len(cohort.asked)
         open.seen[list(cohort.asked)] = True
         open.taken |= open.seen
         costs = self.runner.work([request for request, _ in asked]) if self.world is not None else [0.0] * len(asked)
@@ -318,6 +327,17 @@ class Rounds:
             open.own += 1
             begun.append(client)
         return begun
+
+    def _ready(self, open: Open, clients: Sequence[int]) -> Sequence[int]:
+        """Return who may be asked: under a secure sum, those who hold each other's shares."""
+        if not isinstance(self.site.mechanism, SecureSum):
+            return clients
+        open.sum = SecureRound(self.site.mechanism, self.runner, self.run, open.number)
+        try:
+            return open.sum.gather(clients)
+        except SecureSumError as cause:
+            open.failed = str(cause)
+            return ()
 
     def _work(self, progress: Progress) -> Iterator[Flight]:
         """Let all devices work that were asked and have not; yields each flight when its reply is there."""
@@ -347,7 +367,11 @@ class Rounds:
             open.refuse(request.client, "device", reply.error or "no answer")
             return
         try:
-            answer = self._accept(progress, open, flight, reply.body)
+            if open.sum is not None:
+                open.sum.take(request.client, reply.body)
+                answer: Answer | None = Answer(card=self.site.cards[request.client], payload=Nothing(), examples=1.0)
+            else:
+                answer = self._accept(progress, open, flight, reply.body)
         except PayloadError as cause:
             open.refuse(request.client, cause.reason, str(cause))
             return
@@ -459,14 +483,17 @@ class Rounds:
         progress.state = replace(progress.state, round=open.number + 1)
         if self.method.upload is Nothing:
             return None
+        if open.failed is not None:
+            return open.failed
         minimum = self.population.minimum
         # Under a secret cohort a failed round would tell how many took part.
         if len(open.accepted) < minimum and not self.site.mechanism.secret_cohort:
             return f"{len(open.accepted)} answers, at least {minimum} are needed; the server stays as it was"
         answers: Answers
         try:
-            answers, ask = self.site.mechanism.combine(open.accepted, open.ask, run=self.run, round=open.number)
-        except NothingReleased as cause:
+            answers = open.accepted if open.sum is None else open.sum.close()
+            answers, ask = self.site.mechanism.combine(answers, open.ask, run=self.run, round=open.number)
+        except (NothingReleased, SecureSumError) as cause:
             return str(cause)
         tools = Tools(self.site, open.number, ask)
         knowledge = self.method.aggregate(answers, progress.state, tools)

@@ -67,6 +67,7 @@ class ShelfStore(Store):
             budget_bytes: memory for devices' states. Results do not depend on it.
             snapshots: how many of the last ones are kept.
         """
+        super().__init__()
         self.folder, self._budget = folder, budget_bytes
         self._held: dict[int, tuple[Kept, int]] = {}
         self._held_bytes = 0

@@ -47,11 +47,26 @@ class Store(ABC):
     def retain(self, files: Mapping[str, bytes]) -> None:
         """Keep what an older snapshot refers to, too: call it after :meth:`restore`, newest first."""
 
+    def __init__(self) -> None:
+        self._sessions: dict[int, bytes] = {}
+
+    def load_session(self, client: int) -> bytes | None:
+        """Return what the device keeps of a secure sum that is under way. It lives as long as the process at least."""
+        return self._sessions.get(client)
+
+    def save_session(self, client: int, session: bytes | None) -> None:
+        """Keep the session of a secure sum, or forget it."""
+        if session is None:
+            self._sessions.pop(client, None)
+        else:
+            self._sessions[client] = session
+
 
 class MemoryStore(Store):
     """Keeps devices in memory for as long as the process lives; a device that was never asked takes no room."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._kept: dict[int, Kept] = {}
 
     def load(self, client: int, round: int) -> Kept:
@@ -68,6 +83,7 @@ class FolderStore(Store):
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
 
     def load(self, client: int, round: int) -> Kept:
@@ -88,6 +104,26 @@ class FolderStore(Store):
         write_atomic(path, pack_tensors(tensors, {"kept": json.dumps(kind)}))
         for old in sorted(self._rounds(client))[:-2]:
             self._path(client, old).unlink(missing_ok=True)
+
+    def load_session(self, client: int) -> bytes | None:
+        path = self._session(client)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as cause:
+            raise StorageError(f"cannot read {path}: {cause.strerror or cause}") from cause
+
+    def save_session(self, client: int, session: bytes | None) -> None:
+        path = self._session(client)
+        if session is None:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, session)
+
+    def _session(self, client: int) -> Path:
+        return self.folder / f"{client:06d}" / "session.json"
 
     def forget_after(self, round: int, clients: Iterable[int]) -> None:
         """Drop what devices kept after ``round``: a resumed server asks those rounds again."""

@@ -246,6 +246,10 @@ class Algorithm(ABC):
         """
         return None
 
+    def needs_each(self) -> str | None:
+        """Return why the server must see each answer by itself; None if the plain mean of the answers is all it needs."""
+        return f"{self.name} does more with answers than take their mean"
+
     # ---- server -> device -------------------------------------------------------------------------------------------
     def begin(self, server: ServerState, tools: ServerTools) -> ServerState:
         """Prepare the server before round 0."""

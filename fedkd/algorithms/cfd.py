@@ -59,6 +59,9 @@ class CFD(Algorithm):
 
     restart: bool = True  # devices start every round from fresh random weights
 
+    def needs_each(self) -> str | None:
+        return None
+
     def start(self, state: DeviceState, heard: Heard, tools: DeviceTools) -> DeviceState:
         return replace(state, models={"model": tools.initial("restart")}) if self.restart else state
 

@@ -49,6 +49,9 @@ class DSFL(Algorithm):
         if self.temperature <= 0:
             raise ValueError("temperature must be above 0: it divides the mean probabilities")
 
+    def needs_each(self) -> str | None:
+        return None
+
     def public_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
         return batch.mean(soft_cross_entropy(net(batch), heard.knowledge.tensors()["labels"][batch.index]))
 

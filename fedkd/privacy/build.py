@@ -26,6 +26,16 @@ def build(experiment: Experiment, *, clients: int, queries: int, classes: int) -
         ConfigError: the budget cannot be kept.
     """
     kind = experiment.privacy.kind
+    if experiment.privacy.secure_sum:
+        from fedkd.privacy.secure.mechanism import SecureSum
+
+        inner = _plain(experiment, clients=clients, queries=queries, classes=classes) if kind == "dp_sgd" else NoPrivacy()
+        return SecureSum(experiment, inner, clients=clients, queries=queries, classes=classes)
+    return _plain(experiment, clients=clients, queries=queries, classes=classes)
+
+
+def _plain(experiment: Experiment, *, clients: int, queries: int, classes: int) -> Mechanism:
+    kind = experiment.privacy.kind
     if kind == "none":
         return NoPrivacy()
     if kind == "dp_sgd":

@@ -64,6 +64,15 @@ class PrivacyConfig(BaseModel):
         2.0, gt=0, description="votes: noise of the agreement test, as a multiple of that of the votes."
     )
     answers: int | None = Field(None, ge=1, description="votes: queries answered in a round at most.")
+    secure_sum: bool = Field(
+        False,
+        description="The server learns the sum of the answers alone (masks and secret shares). Under labels and votes the "
+        "devices add the noise, so that the server need not be trusted.",
+    )
+    secure_threshold: float = Field(
+        0.5, ge=0, lt=1, description="Share of the cohort that must stay for a secure sum. Below 0.5: an honest server only."
+    )
+    secure_scale: float = Field(4096.0, ge=1, le=2**24, description="Steps per unit of probability in a secure sum.")
     policy: str | None = Field(
         None, description="A policy.yaml that every simulated device keeps. A real node reads its own, never this."
     )
@@ -94,6 +103,29 @@ class PrivacyConfig(BaseModel):
             raise ConfigError("privacy.answers limits confident answers: give privacy.threshold too")
         return self
 
+    def _check_sum(self, method: Algorithm, population: PopulationConfig) -> None:
+        from fedkd.payloads import SoftLabels, Votes
+
+        if method.upload not in (SoftLabels, Votes):
+            raise ConfigError(
+                f"privacy.secure_sum adds up probabilities or votes; {method.name} sends {method.upload.__name__}. Use ds_fl "
+                "or cfd"
+            )
+        reason = method.needs_each()
+        if reason is not None:
+            raise ConfigError(
+                f"privacy.secure_sum lets the server see the sum of all answers alone, but {reason}. Robust aggregation and "
+                "secure sums exclude each other: choose one"
+            )
+        if population.staleness.limit not in (None, 0):
+            raise ConfigError("privacy.secure_sum adds up the answers of one round: set population.staleness.limit=0")
+        if self.sampling == "poisson":
+            raise ConfigError("privacy.secure_sum names the cohort to every device in it: set privacy.sampling=fixed")
+        if self.threshold is not None:
+            raise ConfigError(
+                "privacy.threshold tests each query on the raw counts, which nobody sees in a secure sum: leave it out"
+            )
+
     def check(self, method: Algorithm, population: PopulationConfig) -> None:
         """Refuse a method whose uploads this mechanism cannot protect.
 
@@ -102,6 +134,8 @@ class PrivacyConfig(BaseModel):
         """
         from fedkd.payloads import SoftLabels, Votes
 
+        if self.secure_sum:
+            self._check_sum(method, population)
         if self.kind == "none":
             return
         if method.pools_data:

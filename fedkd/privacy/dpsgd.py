@@ -47,7 +47,7 @@ def train_private(engine: Engine, phase: Phase, tasks: Sequence[Task]) -> None:
 
     The tasks were admitted, so that the ledger is charged for the steps taken here.
     """
-    mechanism = cast("DpSgd", engine.site.mechanism)
+    mechanism = cast("DpSgd", engine.site.mechanism.trainer)
     if mechanism.steps[phase.settings] == 0:
         return
     if isinstance(engine, SerialEngine):

@@ -248,6 +248,8 @@ def calibrate(
         events = merge(build(sigma))
         if rdp_epsilon(events, delta, relation) <= target:
             return True
+        if any(event.rdp for event in events):
+            return False
         # Loss distributions of hopelessly little noise take long; Renyi bounds are at most a few times too large.
         if relation == "add_remove" and rdp_epsilon(events, delta, relation) > 4 * target + 10:
             return False

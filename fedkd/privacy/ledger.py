@@ -147,7 +147,8 @@ class Ledger:
         """Return the cost for each unit that occurs.
 
         Guarantee: a record lives on one device if ``disjoint``, so that the largest epsilon over devices holds for
-        every record; otherwise all devices' releases are composed as if each held everybody's records.
+        every record; otherwise all devices' releases are composed as if each held everybody's records. Likewise for
+        clients, each of which is a device.
         """
         found = []
         for unit in ("client", "record"):
@@ -156,8 +157,11 @@ class Ledger:
                 continue
             strict = any((d, unit) in self._strict for d in parties)
             relation: Relation = "replace_one" if strict else "add_remove"
-            groups: Iterable[tuple[Event, ...]] = {self.events(d, unit) for d in parties}
-            if not disjoint or unit == "client":
+            # The server's releases touch every client; a device's own touch the client that it is.
+            shared = self.events(SERVER, unit)
+            own = [self.events(d, unit) for d in parties if d != SERVER] or [()]
+            groups: Iterable[tuple[Event, ...]] = {merge([*shared, *events]) for events in own}
+            if not disjoint:
                 groups = [merge(e for d in parties for e in self.events(d, unit))]
             worst = max(epsilon(g, delta, relation) for g in groups)
             void = any((d, unit) in self._seeded for d in parties)

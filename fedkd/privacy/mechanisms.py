@@ -89,6 +89,8 @@ class Mechanism(ABC):
     unit: Unit | None = None
     trains: bool = False
     """Private phases of training go through :mod:`fedkd.privacy.dpsgd` instead of the engine's plain steps."""
+    sums_securely: bool = False
+    """Answers leave as masked vectors, of which the server learns the sum alone."""
     secret_cohort: bool = False
     """Clients are drawn by :meth:`draw`, in secret, instead of from the experiment's seed."""
 
@@ -99,6 +101,11 @@ class Mechanism(ABC):
     def open(self, ledger: Ledger, policy: Policy | None = None) -> None:
         """Use ``ledger`` from now on, and let no device go beyond ``policy``."""
         self.ledger, self.policy = ledger, policy
+
+    @property
+    def trainer(self) -> Mechanism:
+        """The mechanism that private training follows, where ``trains``."""
+        return self
 
     # ---- device -----------------------------------------------------------------------------------------------------
     def admit(self, phases: Sequence[Phase], parties: Sequence[Party]) -> Mapping[int, str]:

@@ -211,6 +211,15 @@ class Session:
             step=int(plain["step"]),
         )
 
+    @staticmethod
+    def answer_opening(body: bytes, client: int) -> Session:
+        """Open the session that the server's first message names."""
+        if len(body) != _HEAD.size:
+            raise SecureSumError(f"an opening of {len(body)} bytes, expected {_HEAD.size}")
+        id: bytes = _HEAD.unpack(body)[3]
+        read(body, KEYS, SERVER, id)
+        return Session.open(id, client)
+
     # ---- steps ------------------------------------------------------------------------------------------------------
     def keys(self) -> bytes:
         """Step 1: return this device's public keys."""
