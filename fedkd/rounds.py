@@ -25,10 +25,10 @@ from fedkd.collected import Collected
 from fedkd.messages import Request, write_request
 from fedkd.payloads import Bundle, Contract, Envelope, Nothing, Payload, PayloadError, ids_hash
 from fedkd.privacy.mechanisms import NothingReleased
-from fedkd.runners.base import Inspection, Runner, count_correct
 from fedkd.privacy.secure.exchange import SecureRound
 from fedkd.privacy.secure.mechanism import SecureSum
 from fedkd.privacy.secure.protocol import SecureSumError
+from fedkd.runners.base import Inspection, Runner, count_correct
 from fedkd.seeding import numpy_rng
 from fedkd.server_tools import Tools
 from fedkd.site import Site

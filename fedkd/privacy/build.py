@@ -29,7 +29,9 @@ def build(experiment: Experiment, *, clients: int, queries: int, classes: int) -
     if experiment.privacy.secure_sum:
         from fedkd.privacy.secure.mechanism import SecureSum
 
-        inner = _plain(experiment, clients=clients, queries=queries, classes=classes) if kind == "dp_sgd" else NoPrivacy()
+        inner = (
+            _plain(experiment, clients=clients, queries=queries, classes=classes) if kind == "dp_sgd" else NoPrivacy()
+        )
         return SecureSum(experiment, inner, clients=clients, queries=queries, classes=classes)
     return _plain(experiment, clients=clients, queries=queries, classes=classes)
 

@@ -70,7 +70,10 @@ class PrivacyConfig(BaseModel):
         "devices add the noise, so that the server need not be trusted.",
     )
     secure_threshold: float = Field(
-        0.5, ge=0, lt=1, description="Share of the cohort that must stay for a secure sum. Below 0.5: an honest server only."
+        0.5,
+        ge=0,
+        lt=1,
+        description="Share of the cohort that must stay for a secure sum. Below 0.5: an honest server only.",
     )
     secure_scale: float = Field(4096.0, ge=1, le=2**24, description="Steps per unit of probability in a secure sum.")
     policy: str | None = Field(

@@ -63,6 +63,7 @@ def run(
         lambda k, b: devices[k].relay(b, terms),
         server.take_ready,
     )
+
     def take(k, body):
         if k not in late:
             server.take_masked(k, body)

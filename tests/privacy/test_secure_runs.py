@@ -83,7 +83,9 @@ def test_drop_outs_and_late_answers_are_recovered_from():
 
 
 def test_a_round_below_the_minimum_fails_by_name_and_its_sum_is_never_learned():
-    _, _, records, bodies = play("population.dropout=0.7", "population.minimum=5", "privacy.secure_sum=true", "rounds=3")
+    _, _, records, bodies = play(
+        "population.dropout=0.7", "population.minimum=5", "privacy.secure_sum=true", "rounds=3"
+    )
     assert all("at least 5" in r["failed"] for r in records)
     assert not [b for b in bodies if protocol.read_step(b) == protocol.UNMASK]
 

@@ -250,5 +250,3 @@ def label_inference(run: Rerun) -> LabelInference | None:
         attack=mean_total_variation(list(guess), list(truth)),
         prior=mean_total_variation([prior] * len(truth), list(truth)),
     )
-
-

@@ -65,9 +65,7 @@ def one_run_p_value(canaries: int, guesses: int, right: int, epsilon: float, del
     return float(min(1.0, beta + 2 * canaries * delta * max(0.0, float(share.max()))))
 
 
-def one_run_bound(
-    canaries: int, guesses: int, right: int, delta: float = 0.0, confidence: float = CONFIDENCE
-) -> float:
+def one_run_bound(canaries: int, guesses: int, right: int, delta: float = 0.0, confidence: float = CONFIDENCE) -> float:
     """Return the largest epsilon that the guesses refute at ``confidence``; 0 where they refute none."""
     level = 1 - confidence
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from fedkd.algorithms.base import Card
+from fedkd.collected import Collected
 from fedkd.messages import Heading, Reply, Request
 from fedkd.payloads import Integers
-from fedkd.collected import Collected
 from fedkd.privacy.mechanisms import Released
 from fedkd.privacy.secure.mechanism import SecureSum
 from fedkd.privacy.secure.protocol import (
@@ -137,9 +137,7 @@ class SecureRound:
         self._ask(sorted(self.collector.vectors), lambda k: names, replies.__setitem__)
         return self.mechanism.answer(self.collector.total(replies), len(self.collector.vectors))
 
-    def _ask(
-        self, clients: Iterable[int], body: Callable[[int], bytes], take: Callable[[int, bytes], object]
-    ) -> None:
+    def _ask(self, clients: Iterable[int], body: Callable[[int], bytes], take: Callable[[int, bytes], object]) -> None:
         requests = [Request(client, self.round, body(client)) for client in clients]
         self.down += sum(request.bytes for request in requests)
         for reply in self.runner.ask(requests):

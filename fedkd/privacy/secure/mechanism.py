@@ -50,9 +50,7 @@ class SecureSum(Mechanism):
 
     sums_securely = True
 
-    def __init__(
-        self, experiment: Experiment, inner: Mechanism, *, clients: int, queries: int, classes: int
-    ) -> None:
+    def __init__(self, experiment: Experiment, inner: Mechanism, *, clients: int, queries: int, classes: int) -> None:
         super().__init__()
         self.inner, self.config = inner, experiment.privacy
         config, population = experiment.privacy, experiment.population
@@ -159,7 +157,9 @@ class SecureSum(Mechanism):
         return refused
 
     def _over(self, party: Party) -> str | None:
-        limits = [(self.config.epsilon, self.config.delta, party.run, "privacy.epsilon of this run")]
+        limits: list[tuple[float | None, float, str | None, str]] = [
+            (self.config.epsilon, self.config.delta, party.run, "privacy.epsilon of this run")
+        ]
         if self.policy is not None:
             limits.append((self.policy.epsilon, self.policy.delta, None, "this node's policy"))
         for limit, delta, run, whose in limits:

@@ -184,7 +184,8 @@ class Session:
     @staticmethod
     def open(id: bytes, client: int) -> Session:
         """Draw fresh secrets from the operating system."""
-        return Session(id, client, *(secrets.token_bytes(KEY_BYTES) for _ in range(3)))
+        cipher_key, mask_key, own_seed = (secrets.token_bytes(KEY_BYTES) for _ in range(3))
+        return Session(id, client, cipher_key, mask_key, own_seed)
 
     def dump(self) -> bytes:
         """Return the session as bytes, for a device whose process ends between steps."""
@@ -202,10 +203,13 @@ class Session:
     def load(data: bytes) -> Session:
         """Undo :meth:`dump`."""
         plain = json.loads(data)
+        cipher_key, mask_key, own_seed = (bytes.fromhex(s) for s in plain["secrets"])
         return Session(
             bytes.fromhex(plain["id"]),
             int(plain["client"]),
-            *(bytes.fromhex(s) for s in plain["secrets"]),
+            cipher_key,
+            mask_key,
+            own_seed,
             roster={int(k): (bytes.fromhex(a), bytes.fromhex(b)) for k, (a, b) in plain["roster"].items()},
             shares={int(k): (int(a, 16), int(b, 16)) for k, (a, b) in plain["shares"].items()},
             step=int(plain["step"]),
@@ -477,4 +481,3 @@ def signed(values: Residues, bits: int) -> NDArray[np.int64]:
     plain = (values & modulus_mask(bits)).astype(np.int64)
     found: NDArray[np.int64] = np.where(plain >= 1 << (bits - 1), plain - (1 << bits), plain)
     return found
-

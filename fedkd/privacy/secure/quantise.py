@@ -45,23 +45,27 @@ class Grid:
         """The largest L1 norm: by Cauchy and Schwarz, and because |k| <= k² for integers."""
         return min(math.sqrt(length) * self.l2, self.l2**2)
 
-    def quantise(self, labels: NDArray[np.floating]) -> NDArray[np.int64]:
+    def quantise(self, labels: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the integers [N * C] of soft labels [N, C]."""
         centred = np.nan_to_num(np.asarray(labels, np.float64) - 1 / labels.shape[-1], nan=0.0, posinf=1.0, neginf=-1.0)
         centred = np.clip(centred, -1.0, 1.0).reshape(-1) * self.scale
         if self.clip is None:
-            return np.clip(np.rint(centred), -self.largest, self.largest).astype(np.int64)
+            return self._nearest(centred)
         bound = math.floor(self.clip * self.scale)
         norm = float(np.linalg.norm(centred))
         if norm > bound:
             centred *= bound / norm
-        found = np.clip(np.rint(centred), -self.largest, self.largest).astype(np.int64)
+        found = self._nearest(centred)
         if int(found @ found) > bound**2:
             # Rounding to nearest has lengthened the vector; rounding towards 0 cannot.
             found = np.trunc(centred).astype(np.int64)
         while int(found @ found) > bound**2:  # what a float's last bit may have left
             place = int(np.abs(found).argmax())
             found[place] -= np.sign(found[place])
+        return found
+
+    def _nearest(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = np.clip(np.rint(values), -self.largest, self.largest).astype(np.int64)
         return found
 
     def mean(self, total: NDArray[np.int64], devices: int, classes: int) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ def _survival(variance: float) -> NDArray[np.uint64]:
 
 
 def reach(variance: float) -> int:
-    """Return the largest magnitude that :func:`draw` can give at this variance: a hard bound, no wrap-around is left to luck."""
+    """Return the largest magnitude that :func:`draw` can give at this variance: wrap-around is not left to luck."""
     return len(_survival(variance)) if variance > 0 else 0
 
 
