@@ -123,8 +123,8 @@ def epsilon(events: Iterable[Event], delta: float, relation: Relation = "add_rem
         raise ConfigError(f"delta is {delta}, expected a number between 0 and 1")
     if any(e.rdp for e in merged):
         return rdp_epsilon(merged, delta, relation)
-    rough = _pld_epsilon(merged, delta, relation, COARSE)
-    return rough if rough > LARGE_EPSILON else _pld_epsilon(merged, delta, relation, FINE)
+    large = rdp_epsilon(merged, delta, "add_remove") > LARGE_EPSILON
+    return _pld_epsilon(merged, delta, relation, COARSE if large else FINE)
 
 
 def rdp_epsilon(events: Iterable[Event], delta: float, relation: Relation = "add_remove") -> float:
@@ -213,26 +213,10 @@ def _sampled_rdp(q: float, sigma: float) -> tuple[float, ...]:
     return tuple(float(v) for v in accountant.rdp)
 
 
-@lru_cache(maxsize=256)
-def _delta_of(events: tuple[Event, ...], target: float, relation: Relation) -> float:
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    total = pld.identity(value_discretization_interval=COARSE)
-    for e in events:
-        if e.q == 1:
-            part = pld.from_gaussian_mechanism(
-                _effective(e, relation) / math.sqrt(e.count), value_discretization_interval=COARSE
-            )
-        else:
-            part = _sampled(e.sigma, e.q, relation, COARSE).self_compose(e.count)
-        total = total.compose(part)
-    return float(total.get_delta_for_epsilon(target))
-
-
 def calibrate(
     build: Callable[[float], Sequence[Event]], target: float, delta: float, relation: Relation = "add_remove"
 ) -> float:
-    """Return the least noise multiplier (to three digits, rounded up) at which ``build(multiplier)`` costs ``target``.
+    """Return the least noise multiplier (within a thousandth, rounded up) at which ``build(multiplier)`` costs ``target``.
 
     Args:
         build: the events of a whole plan, given the noise multiplier; more noise must cost less.
@@ -243,33 +227,52 @@ def calibrate(
         raise ConfigError(f"privacy.epsilon is {target}: expected a finite number above 0")
     if not 0 < delta < 1:
         raise ConfigError(f"privacy.delta is {delta}: expected a number between 0 and 1")
+    from scipy.optimize import brentq
 
-    def enough(sigma: float) -> bool:
-        events = merge(build(sigma))
-        if rdp_epsilon(events, delta, relation) <= target:
-            return True
-        if any(event.rdp for event in events):
-            return False
-        # Loss distributions of hopelessly little noise take long; Renyi bounds are at most a few times too large.
-        if relation == "add_remove" and rdp_epsilon(events, delta, relation) > 4 * target + 10:
-            return False
-        return _delta_of(events, target, relation) <= delta
-
-    low, high = 0.0, 1.0
-    while not enough(high):
-        low, high = high, high * 2
-        if high > MAX_NOISE_MULTIPLIER:
-            raise ConfigError(
-                f"epsilon {target:g} at delta {delta:g} cannot be kept: even {MAX_NOISE_MULTIPLIER:,.0f} times as much "
-                "noise as one unit's share is too little for this plan. Ask fewer rounds or steps, sample less, or "
-                "allow a larger epsilon; `fedkd privacy plan` shows what each costs"
-            )
-    if low == 0.0:
-        low = high / 2
-        while enough(low) and low > 1e-2:
-            low, high = low / 2, low
+    events = merge(build(1.0))
+    if not events:
+        raise ConfigError("the plan takes no step on private records: there is nothing to calibrate")
+    curves = any(e.rdp for e in events)
+    # Renyi bounds are cheap and a little too large: they give the end of noise from which the search starts.
+    bound: Relation = "add_remove" if relation == "replace_one" and any(e.q < 1 for e in events) else relation
+    high = 1.0
+    while rdp_epsilon(build(high), delta, bound) > target:
+        high *= 2
+        _within(high, target, delta)
+    low = high / 2
+    while rdp_epsilon(build(low), delta, bound) <= target and low > 1e-3:
+        low, high = low / 2, low
     while high - low > 1e-3 * low:
         middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    digits = 10.0 ** (math.floor(math.log10(high)) - 4)
-    return float(math.ceil(high / digits) * digits)
+        low, high = (low, middle) if rdp_epsilon(build(middle), delta, bound) <= target else (middle, high)
+    if curves:
+        return _round_up(high)
+
+    def excess(sigma: float) -> float:
+        return _pld_epsilon(merge(build(sigma)), delta, relation, COARSE) - target
+
+    while excess(high) > 0:
+        low, high = high, high * 2
+        _within(high, target, delta)
+    low = min(low, high * 0.85)
+    while excess(low) < 0 and low > 1e-3:
+        low, high = low * 0.85, low
+    found: float = brentq(excess, low, high, xtol=3e-4 * high)
+    while excess(_round_up(found)) > 0:
+        found *= 1 + 3e-4
+    return _round_up(found)
+
+
+def _within(sigma: float, target: float, delta: float) -> None:
+    if sigma > MAX_NOISE_MULTIPLIER:
+        raise ConfigError(
+            f"epsilon {target:g} at delta {delta:g} cannot be kept: even {MAX_NOISE_MULTIPLIER:,.0f} times as much "
+            "noise as one unit's share is too little for this plan. Ask fewer rounds or steps, sample less, or "
+            "allow a larger epsilon; `fedkd privacy plan` shows what each costs"
+        )
+
+
+def _round_up(sigma: float) -> float:
+    """Round up to five digits, so that a plan, its ledger and its report show one number."""
+    digits = 4 - math.floor(math.log10(sigma))
+    return round(math.ceil(sigma * 10.0**digits - 1e-6) / 10.0**digits, max(digits, 0))

@@ -223,6 +223,8 @@ class Ledger:
         except OSError as cause:
             raise LedgerError(f"cannot read the ledger {self.path}: {cause.strerror or cause}") from cause
         try:
+            # Lines and head belong together: nobody may write between reading the one and the other.
+            fcntl.flock(handle, fcntl.LOCK_SH)
             self._read(handle, repair=False)
         finally:
             os.close(handle)
