@@ -6,6 +6,7 @@ because Opacus's own engine counts from the private number of records and draws 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +36,11 @@ def unsupported(model: nn.Module) -> str | None:
             return (
                 f"{name or 'it'} is a {type(module).__name__}, which mixes the records of a batch, so that no record's "
                 "share can be bounded. Use GroupNorm: cnn(norm=group) or resnet(norm=group)"
+            )
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            return (
+                f"{name or 'it'} is a {type(module).__name__} that keeps running statistics of the records, which no noise "
+                "protects. Use GroupNorm, or track_running_stats=False"
             )
     from opacus.validators import ModuleValidator
 
@@ -100,7 +106,9 @@ def train_one(engine: Engine, mechanism: DpSgd, phase: Phase, task: Task) -> Non
     luck = int(source.bits(1)[0])
     vary = augmenter(engine, phase, [task], luck)
     size = sum(p.numel() for p in live.values())
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Opacus's hooks fire at a model's first layer too, whose inputs need no gradient; torch remarks on it.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         torch.manual_seed(luck)
         for t in range(steps):
             free = _free_gradient(phase, net, task, site.shape, site.dtype, live, clipper)
