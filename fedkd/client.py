@@ -15,7 +15,7 @@ from fedkd.algorithms.base import Card, DeviceState, Heard, Phase
 from fedkd.engines.base import Engine, Task
 from fedkd.messages import Heading, Reply, Request, read_request, write_reply
 from fedkd.nets import PredictorNet
-from fedkd.payloads import Nothing, Payload, PayloadError, SoftLabels, ids_hash
+from fedkd.payloads import Nothing, Payload, PayloadError, SoftLabels
 from fedkd.predictors import learn
 from fedkd.privacy.dpsgd import train_private
 from fedkd.privacy.mechanisms import Party
@@ -117,15 +117,17 @@ def _begin(
         state = site.method.start(state, heard, _DeviceTools(site, card, head.round))
         heard = replace(heard, memory=state.memory)
 
-    def part(indices: np.ndarray) -> Records | None:
+    def part(indices: np.ndarray, ids: str) -> Records | None:
         if site.proxy_pool is None:
             return None
-        name = ("proxy", ids_hash(indices))
+        name = ("proxy", ids)
         if name not in shared:
             shared[name] = records(site.proxy_pool, indices)
         return shared[name]
 
-    task = Task(card, state, heard, site.private(card.id), part(head.teach), part(head.ask))
+    task = Task(
+        card, state, heard, site.private(card.id), part(head.teach, head.teach_ids), part(head.ask, head.ask_ids)
+    )
     return Turn(request, card, kept, head, task)
 
 

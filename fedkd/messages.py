@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,6 +60,16 @@ class Heading:
     ask: NDArray[np.int64]
     message: Payload
 
+    @cached_property
+    def teach_ids(self) -> str:
+        """Hash of the proxy indices that the knowledge belongs to; taken once for all devices that share the message."""
+        return ids_hash(self.teach)
+
+    @cached_property
+    def ask_ids(self) -> str:
+        """Hash of the proxy indices to answer."""
+        return ids_hash(self.ask)
+
 
 def write_request(
     site: Site,
@@ -114,7 +125,7 @@ def write_reply(site: Site, card: Card, heading: Heading, released: Released, re
         round=heading.round,
         sender=card.id,
         proxy=site.proxy_identity,
-        ids=ids_hash(heading.ask),
+        ids=heading.ask_ids,
         examples=released.examples,
     )
     return site.codec_up.encode(released.payload, envelope, reference)

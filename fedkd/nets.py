@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fedkd.algorithms.base import Batch
+from fedkd.kernels.jobs import run
+from fedkd.kernels.program import Program
 from fedkd.models import Architecture
 
 
@@ -26,11 +28,14 @@ class Net:
         tensors: Mapping[str, Mapping[str, Tensor]],
         role: str = "model",
         chunk: int | None = None,
+        programs: Mapping[tuple[str, str], Program] | None = None,
     ) -> None:
+        """Bind the models; ``programs``, by role and method, run in compiled kernels, under ``vmap`` alone."""
         self._architectures, self._tensors, self._role, self._chunk = architectures, tensors, role, chunk
+        self._programs = programs or {}
 
     def __getitem__(self, role: str) -> Net:
-        return Net(self._architectures, self._tensors, role, self._chunk)
+        return Net(self._architectures, self._tensors, role, self._chunk, self._programs)
 
     def __call__(self, batch: Batch | Tensor) -> Tensor:
         """Return logits [B, C]."""
@@ -67,6 +72,9 @@ class Net:
     def _call(self, method: str, batch: Batch | Tensor) -> Tensor:
         x = batch.x if isinstance(batch, Batch) else batch
         template = self._architectures[self._role].template
+        program = self._programs.get((self._role, method))
+        if program is not None and x.shape[1:] == program.shape and (program.trains_alike or not template.training):
+            return run(program, x, self._tensors[self._role])
         tensors = {f"inner.{name}": value for name, value in self._tensors[self._role].items()}
         if self._chunk is None or x.shape[0] <= self._chunk or torch.is_grad_enabled():
             out: Tensor = functional_call(template, tensors, (method, x))

@@ -29,6 +29,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self._source.x)
 
+    @property
+    def floats(self) -> Tensor | None:
+        """All inputs [M, *shape] as scaled floats, or None where they are held as pixels."""
+        return self._x
+
     def take(self, index: Tensor) -> Tensor:
         """Return the inputs at ``index`` (int64 of any shape [...]) as [..., *shape]."""
         flat = index.reshape(-1)
@@ -47,7 +52,7 @@ class Records:
     index: Tensor
 
     def __len__(self) -> int:
-        return len(self.index)
+        return int(self.index.shape[0])
 
     def inputs(self, positions: Tensor) -> Tensor:
         """Return the inputs [..., *shape] of the records at ``positions`` [...] of this list."""

@@ -101,6 +101,11 @@ class Open:
     sum: SecureRound | None = None
     failed: str | None = None
 
+    @cached_property
+    def ask_ids(self) -> str:
+        """Hash of ``ask``, which every answer must name."""
+        return ids_hash(self.ask)
+
     def refuse(self, client: int, reason: str, message: str) -> None:
         """Note an answer that is of no use; the round goes on without it."""
         self.quarantined.append({"client": client, "reason": reason, "message": message})
@@ -177,6 +182,10 @@ class Rounds:
             return np.arange(size)
         rng = numpy_rng(self.experiment.seed, "proxy samples", round)
         return np.sort(rng.choice(size, size=per_round, replace=False)).astype(np.int64)
+
+    def _asked_before(self, round: int) -> tuple[NDArray[np.int64], str]:
+        ask = self.ask_indices(round)
+        return ask, ids_hash(ask)
 
     def _round(self, progress: Progress, number: int) -> dict[str, Any]:
         open = self._open(progress, number)
@@ -456,8 +465,8 @@ class Rounds:
             raise PayloadError("duplicate", f"device {client} has answered round {round} already")
         card = self.site.cards[client]
         codec = self.site.codec_up
-        ask = open.ask if round == open.number else self.ask_indices(round)
-        expected = Envelope(run=self.run, round=round, sender=client, proxy=self.site.proxy_identity, ids=ids_hash(ask))
+        ask, ids = (open.ask, open.ask_ids) if round == open.number else self._asked_before(round)
+        expected = Envelope(run=self.run, round=round, sender=client, proxy=self.site.proxy_identity, ids=ids)
         reference = progress.answers_kept[client][1] if client in progress.answers_kept else None
         if len(body) <= ABSTENTION_BYTES:
             try:

@@ -25,6 +25,8 @@ from fedkd.privacy.mechanisms import Mechanism
 from fedkd.records import Pool, Records, records
 from fedkd.seeding import key
 
+CONTRACTS_KEPT = 256
+
 SHARED_ROLE = "shared"
 """A device's model of this role has the student's architecture; all other roles have the device's own."""
 
@@ -57,6 +59,7 @@ class Site:
         up, down = experiment.codecs
         self.codec_up, self.codec_down = codec(up), codec(down)
         self._architectures: dict[str, Architecture] = {}
+        self._contracts_up: dict[tuple[str, bool, int], Contract] = {}
         self._templates: dict[str, Mapping[str, Tensor]] = {}
         self._starts: dict[tuple[str, tuple[str | int, ...]], Mapping[str, Tensor]] = {}
         self.cards = tuple(self._card(k) for k in range(len(parts)))
@@ -143,7 +146,13 @@ class Site:
 
     def contract_up(self, card: Card, samples: int) -> Contract:
         """What the server accepts from a device."""
-        return self.method.contract_up(self.shapes(card, samples))
+        place = (card.architecture, card.gradients, samples)
+        if place not in self._contracts_up:
+            # Codecs know a contract again by its identity, and need not plan anew for every message.
+            if len(self._contracts_up) >= CONTRACTS_KEPT:
+                self._contracts_up.clear()
+            self._contracts_up[place] = self.method.contract_up(self.shapes(card, samples))
+        return self._contracts_up[place]
 
     def contracts_down(self, card: Card, samples: int) -> tuple[Contract, Contract]:
         """What a device accepts from the server: with knowledge, and without (before anybody has answered)."""

@@ -48,6 +48,7 @@ class Engine(ABC):
         self.site = site
         self.experiment: Experiment = site.experiment
         self.method: Algorithm = site.method
+        self._dealt: tuple[tuple[str, int, int], Schedule] | None = None
 
     @abstractmethod
     def train(self, phase: Phase, tasks: Sequence[Task]) -> None:
@@ -75,9 +76,15 @@ class Engine(ABC):
 
     def deal(self, phase: Phase, task: Task, count: int) -> Schedule:
         """Deal the batches of one phase. All devices walk the proxy samples in one order, each its own records in its own."""
-        who: tuple[str | int, ...] = (task.card.id,) if phase.data == "private" else ("all",)
+        shared = phase.data != "private"
+        if shared and self._dealt is not None and self._dealt[0] == (phase.name, task.heard.round, count):
+            return self._dealt[1]
+        who: tuple[str | int, ...] = ("all",) if shared else (task.card.id,)
         rng = numpy_rng(self.experiment.seed, "batches", phase.name, task.heard.round, *who)
-        return schedule(count, self.settings(phase), rng)
+        plan = schedule(count, self.settings(phase), rng)
+        if shared:
+            self._dealt = ((phase.name, task.heard.round, count), plan)
+        return plan
 
     def dropout_stream(self, phase: Phase, task: Task) -> torch.Generator:
         """Return the device's dropout stream for one phase."""

@@ -3,23 +3,35 @@
 The forward pass runs under ``torch.func.vmap`` over the stacked weights [K, ...], so that a method's loss is written for
 one device; one ordinary backward pass serves all, because the devices' losses add up and share no weight. Devices are
 sorted by their number of steps, so that those with work left are always a prefix of the stack.
+
+On a CPU, compiled kernels take over where they can (:mod:`fedkd.kernels`), in two degrees. Nets that are chains of common
+layers pass forward and backward through them, whatever the loss. Where the loss is one that they know as well, they run
+the whole stretch of training, device by device, without a word of Python in between.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
 from fedkd.algorithms.base import Batch, Card, DeviceState, Heard, Phase, View
 from fedkd.engines.base import Engine, SerialEngine, Task, flat, nested, padded, set_mode, split_trainable
+from fedkd.experiment import TrainingConfig
+from fedkd.kernels.build import Library, library
+from fedkd.kernels.jobs import CHUNK, agreeing, train
+from fedkd.kernels.program import Program
+from fedkd.kernels.recognise import recognise
 from fedkd.layers import situation
+from fedkd.models import Architecture
 from fedkd.nets import Net
 from fedkd.payloads import Payload, outline, rebuild
 from fedkd.records import Records
@@ -28,6 +40,9 @@ from fedkd.training import Optimizer, rates
 
 ANSWER_BUDGET_ELEMENTS = 30_000_000
 """Numbers that the padded private records of one stack may take when an answer reads them."""
+
+BLOCK_BUDGET_BYTES = 64 * 2**20
+"""What a stack's weights and one pass's activations may take in the compiled kernels."""
 
 
 class Fallback(UserWarning):
@@ -41,6 +56,7 @@ class StackedEngine(Engine):
         super().__init__(site)
         self._serial = SerialEngine(site)
         self._refused: set[Hashable] = set()
+        self._read: dict[str, dict[str, Program]] = {}
 
     # ---- training ---------------------------------------------------------------------------------------------------
     def train(self, phase: Phase, tasks: Sequence[Task]) -> None:
@@ -68,7 +84,9 @@ class StackedEngine(Engine):
         for k, plan in enumerate(plans):
             sizes[k, : plan.steps] = plan.sizes
             positions[k, : plan.steps, : plan.index.shape[1]] = plan.index
-            rate[k, : plan.steps] = rates(settings, plan.steps, tasks[k].heard.round)
+        for some in np.unique(length):
+            # A block has heard of one round.
+            rate[length == some, :some] = rates(settings, int(some), tasks[0].heard.round)
 
         architectures = self.site.architectures_of(tasks[0].card)
         stacked = _stack([flat(task.state.models, list(task.state.models)) for task in tasks])
@@ -77,6 +95,92 @@ class StackedEngine(Engine):
         stored = [task.state.optimizers.get(phase.name) for task in tasks]
         fresh = optimizer.initial({k: v[0] for k, v in params.items()})
         state = _stack([dict(s) if s is not None else fresh for s in stored])
+        stretch = _Stretch(phase, tasks, datas, settings, positions, sizes, length, rate, params, rest, state)
+        total = self._compiled(stretch)
+        if total is None:
+            total = self._stepwise(stretch, architectures)
+
+        final = _apart({**params, **rest}, count)
+        kept = _apart(state, count) if settings.optimizer.persist else None
+        for k, (task, mean) in enumerate(zip(tasks, (total.numpy() / length).tolist(), strict=True)):
+            optimizers = task.state.optimizers if kept is None else {**task.state.optimizers, phase.name: kept[k]}
+            task.state = replace(task.state, models=nested(final[k]), optimizers=optimizers)
+            task.losses[phase.name] = mean
+
+    def _compiled(self, work: _Stretch) -> Tensor | None:
+        """Run a stretch in the compiled kernels; returns the sums of losses [K], or None where they cannot."""
+        phase, tasks, params = work.phase, work.tasks, work.params
+        program = self._programs(tasks[0].card).get(("model", "forward"))
+        pool = work.datas[0].pool
+        if (
+            program is None
+            or self._library is None
+            or phase.trains != ("model",)
+            or self.augmenter(phase, tasks) is not None
+        ):
+            return None
+        if {n.removeprefix("model/") for n in params} != set(program.params) or any(
+            d.pool is not pool for d in work.datas
+        ):
+            return None
+        heard = tasks[0].heard
+        known = recognise(
+            phase.loss, heard, self.site.shape, self.site.classes, self.site.dtype, labels=pool.y is not None
+        )
+        if known is None or program.outputs != self.site.classes:
+            return None
+        positions = work.positions
+        if phase.data != "private" and all(d is work.datas[0] for d in work.datas):
+            positions = positions[:1]
+            index = work.datas[0].index.numpy()[positions]
+        else:
+            index = np.stack([d.index.numpy()[p] for d, p in zip(work.datas, positions, strict=True)])
+        labels = None if pool.y is None else pool.y.numpy()[index]
+        inputs = pool.floats
+        if inputs is None:
+            # Too many pixels to hold as floats: take those of this block alone.
+            used, index = np.unique(index, return_inverse=True)
+            inputs, index = pool.take(torch.from_numpy(used)), index.reshape(positions.shape)
+        table: Tensor | None = None
+        if known.table is not None:
+            told = [task.heard.knowledge for task in tasks]
+            same = all(k is told[0] for k in told)
+            tables = [k.tensors()[known.table] for k in (told[:1] if same else told)]
+            table = (tables[0] if same else torch.stack(tables)).contiguous()
+            if int(positions.max()) >= table.shape[-2]:
+                return None
+        losses = train(
+            self._library, program, known, work.settings.optimizer,
+            {n: params[f"model/{n}"] for n in program.params},
+            {n: work.rest[f"model/{n}"] for n in (*program.buffers, *program.counters)},
+            work.state, pool=inputs, index=np.ascontiguousarray(index), labels=labels, positions=positions, table=table,
+            sizes=work.sizes, length=work.length, rate=work.rate, masks=self._dropout_masks(work, program),
+        )  # fmt: skip
+        return torch.from_numpy(losses)
+
+    def _dropout_masks(self, work: _Stretch, program: Program) -> list[Tensor]:
+        """Draw what dropout multiplies by, in the order in which a loop over the steps would draw it."""
+        drops = program.dropouts
+        count, steps, width = work.positions.shape
+        masks = [torch.zeros(count, steps, width, *d.features, dtype=self.site.dtype) for d in drops]
+        for k in range(count if drops else 0):
+            stream = self.dropout_stream(work.phase, work.tasks[k])
+            for t in range(int(work.length[k])):
+                size = int(work.sizes[k, t])
+                for mask, layer in zip(masks, drops, strict=True):
+                    p = layer.extra[0]
+                    draw = torch.rand((size, *layer.features), generator=stream, dtype=torch.float32)
+                    if p < 1:
+                        mask[k, t, :size] = (draw >= p).to(mask) / (1 - p)
+        return masks
+
+    def _stepwise(self, work: _Stretch, architectures: dict[str, Architecture]) -> Tensor:
+        """Run a stretch step by step, with the method's loss as the function that it is; returns the sums of losses."""
+        phase, tasks, datas, settings = work.phase, work.tasks, work.datas, work.settings
+        params, rest, state = work.params, work.rest, work.state
+        positions, sizes, length, rate = work.positions, work.sizes, work.length, work.rate
+        count, steps = sizes.shape
+        optimizer, programs = Optimizer(settings.optimizer), self._programs(tasks[0].card)
         streams = [self.dropout_stream(phase, task) for task in tasks]
         gather = _Gather(datas, positions, shared=phase.data != "private")
         augment = self.augmenter(phase, tasks)
@@ -108,7 +212,7 @@ class StackedEngine(Engine):
                 given = {**batch, **own}
                 mask = given.pop("mask", None)
                 made = Batch(x=given["x"], y=given.get("y"), index=given["index"], weight=given["weight"])
-                net = Net(architectures, nested({**live, **still}))
+                net = Net(architectures, nested({**live, **still}), programs=programs)
                 anchor = next(iter(live.values())).detach()
                 with situation(mask=mask, generators=streams, sizes=sizes, anchor=anchor):
                     return phase.loss(net, made, shared_heard(told))
@@ -126,15 +230,7 @@ class StackedEngine(Engine):
                     step_rate,
                 )
                 total[:active] += values.detach()
-
-        final = {**params, **rest}
-        for k, task in enumerate(tasks):
-            optimizers = dict(task.state.optimizers)
-            if settings.optimizer.persist:
-                optimizers[phase.name] = {name: v[k].clone() for name, v in state.items()}
-            models = nested({name: v[k].clone() for name, v in final.items()})
-            task.state = replace(task.state, models=models, optimizers=optimizers)
-            task.losses[phase.name] = float(total[k] / length[k])
+        return total
 
     # ---- answers ----------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -164,6 +260,7 @@ class StackedEngine(Engine):
             _, own = gather(0, len(tasks), width)
             mask = torch.from_numpy(np.arange(width) < sizes[:, None]).to(self.site.dtype)
             own["weight"] = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        programs = self._programs(tasks[0].card)
         public = None if tasks[0].ask is None else tasks[0].ask.all()[0]
         heard, shared_heard = _hear(tasks)
         kinds: list[Payload] = []
@@ -172,7 +269,7 @@ class StackedEngine(Engine):
 
         def make(tensors: dict[str, Tensor], own: dict[str, Any], told: dict[str, Any]) -> dict[str, Tensor]:
             private = Batch(x=own["x"], y=own.get("y"), index=own["index"], weight=own["weight"]) if own else None
-            net = Net(architectures, nested(tensors), chunk=chunk)
+            net = Net(architectures, nested(tensors), chunk=chunk, programs=programs)
             view = View(private=private, public=public, classes=self.site.classes)
             payload = self.method.answer(net, view, shared_heard(told))
             kinds.append(payload)
@@ -219,13 +316,30 @@ class StackedEngine(Engine):
         stacked = _stack([flat(s.models, list(s.models)) for s in states])
         memory = _stack([dict(s.memory) for s in states])
         chunk = max(32, 4096 // len(cards))
+        programs = self._programs(cards[0])
 
         def call(tensors: dict[str, Tensor], *memory: dict[str, Tensor]) -> Tensor:
-            net = Net(architectures, nested(tensors), chunk=chunk)
+            net = Net(architectures, nested(tensors), chunk=chunk, programs=programs)
             return self.method.predict(net, x, memory[0] if memory else {})
 
         found: Tensor = vmap(call)(stacked, *([memory] if memory else []))
         return found
+
+    # ---- compiled kernels -------------------------------------------------------------------------------------------
+    @cached_property
+    def _library(self) -> Library | None:
+        return library(self.site.dtype) if self.experiment.runner.kernels else None
+
+    def _program(self, architecture: str) -> dict[str, Program]:
+        """Return the programs of an architecture that the kernels run as torch does, by method of the model."""
+        if architecture not in self._read:
+            self._read[architecture] = agreeing(self._library, self.site.architecture(architecture))
+        return self._read[architecture]
+
+    def _programs(self, card: Card) -> dict[tuple[str, str], Program]:
+        """Return the programs of a device's models, by role and method."""
+        roles = self.site.architectures_of(card)
+        return {(role, m): p for role, a in roles.items() for m, p in self._program(a.name).items()}
 
     # ---- grouping ---------------------------------------------------------------------------------------------------
     def block_size(self, architecture: str) -> int:
@@ -233,13 +347,21 @@ class StackedEngine(Engine):
         if self.experiment.runner.block is not None:
             return self.experiment.runner.block
         template = self.site.architecture(architecture).template
+        program = self._program(architecture).get("forward")
+        if program is not None and self._library is not None:
+            weights = sum(t.numel() for t in template.state_dict().values())
+            numbers = weights + self._library.kept(program.layers, len(program.steps), CHUNK)
+            return int(min(1024, max(16, BLOCK_BUDGET_BYTES // (numbers * self.site.dtype.itemsize))))
         return 16 if any(isinstance(m, torch.nn.Conv2d) for m in template.modules()) else 64
 
     def _blocks(self, stage: str, tasks: Sequence[Task]) -> Iterator[list[Task]]:
         groups: dict[Hashable, list[Task]] = {}
+        known: dict[int, Hashable] = {}
         for task in tasks:
             kept = _signature(task.state.optimizers.get(stage, {}))
-            told = _signature(task.heard.knowledge.tensors())
+            # Devices that were sent the same bytes share what was decoded from them.
+            if (told := known.get(id(task.heard.knowledge))) is None:
+                told = known[id(task.heard.knowledge)] = _signature(task.heard.knowledge.tensors())
             teach = None if task.teach is None else id(task.teach)
             ask = None if task.ask is None else id(task.ask)
             place = (task.card.architecture, told, _signature(task.heard.memory), kept, teach, ask, task.heard.round)
@@ -272,6 +394,26 @@ class StackedEngine(Engine):
         self._refused.add(place)
         reason = " ".join(str(cause).split())[:200]
         warnings.warn(f"{place[0]} cannot be stacked in `{place[1]}`, looped instead: {reason}", Fallback, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """One phase of K devices: what they train on, in which order, and their stacked tensors, changed in place.
+
+    positions [K, T, B], sizes [K, T], rate [K, T]; length [K]: their numbers of steps, never rising.
+    """
+
+    phase: Phase
+    tasks: list[Task]
+    datas: list[Records]
+    settings: TrainingConfig
+    positions: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    length: NDArray[np.int64]
+    rate: NDArray[np.float64]
+    params: dict[str, Tensor]
+    rest: dict[str, Tensor]
+    state: dict[str, Tensor]
 
 
 class _Gather:
@@ -336,6 +478,12 @@ def _without(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _stack(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def _apart(stack: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Undo :func:`_stack`; every device gets tensors of its own, since a view would keep the whole stack alive."""
+    parts: dict[str, Any] = {name: torch.unbind_copy(t) for name, t in stack.items()}  # type: ignore[func-returns-value]
+    return [{name: t[k] for name, t in parts.items()} for k in range(count)]
 
 
 def _signature(tensors: Any) -> Hashable:
