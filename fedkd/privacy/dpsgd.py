@@ -350,13 +350,14 @@ def check_additive(engine: Engine, phase: Phase, task: Task) -> None:
             f"{site.method.name}: the loss of phase {phase.name!r} is no sum over records, so that no record's share in "
             "a gradient can be bounded. DP-SGD needs a loss of the form batch.mean(per-record values)"
         )
-    # Each record alone must not see the others: the same record, other neighbours, the same gradient.
+    # Other neighbours must change nothing: neither a record's gradient, nor that of a batch in which nobody counts.
     x = x.clone()
     x[1:] = 1 - x[1:]
-    moved = (gradient([1.0, 0.0, 0.0]) - gradient([0.0] * count) - single[0]).norm()
+    moved = (gradient([1.0, 0.0, 0.0]) - nothing - single[0]).norm() + (gradient([0.0] * count) - nothing).norm()
     if not bool(moved <= ADDITIVE_TOLERANCE[site.dtype] * scale + 1e-9):
         raise ConfigError(
-            f"{site.method.name}: in phase {phase.name!r} one record's loss depends on the other records of its batch, "
-            "so that its share cannot be bounded by clipping"
+            f"{site.method.name}: in phase {phase.name!r} the loss of one record depends on the other records of its "
+            "batch, so that its share cannot be bounded by clipping. DP-SGD needs a loss of the form "
+            "batch.mean(per-record values)"
         )
     done.add(place)
