@@ -1,12 +1,14 @@
-"""`fedkd provision`: kits for everybody who takes part in a real federation."""
+"""`fedkd provision`, `fedkd server` and `fedkd doctor`: a real federation, from its operator's side."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from typer.core import TyperGroup
 
 out = Console(soft_wrap=True, highlight=False)
@@ -94,3 +96,77 @@ def provision_revoke(
 def _tell_server(kits: Path) -> None:
     files = f"{kits}/server/{{clients.yaml,crl.pem,nginx.conf}}"
     out.print(f"{files}  copy them to the server, unless it runs on this folder; it notices within two seconds")
+
+
+# ---- server ---------------------------------------------------------------------------------------------------------
+server_app = typer.Typer(no_args_is_help=True, help="Run a server from its kit.")
+ServerFolder = Annotated[Path, typer.Argument(help="The server's kit.")]
+
+
+@server_app.command("start")
+def server_start(
+    kit: ServerFolder,
+    foreground: Annotated[bool, typer.Option(help="Stay, and log to stderr: for systemd and Docker.")] = False,
+) -> None:
+    """Start the server; returns when devices can be served. It goes on from the state that it left."""
+    from fedkd.deploy import server
+    from fedkd.deploy.kit import ServerKit
+
+    found = ServerKit.read(kit)
+    if foreground:
+        server.run(found, to_stderr=True)
+        return
+    status = server.start(found)
+    out.print(f"server is up: devices reach {status['address']}; logs in {found.state}/logs")
+
+
+@server_app.command("stop")
+def server_stop(kit: ServerFolder) -> None:
+    """Stop the server. Its state stays."""
+    from fedkd.deploy import server
+    from fedkd.deploy.kit import ServerKit
+
+    out.print("server stopped" if server.stop(ServerKit.read(kit)) else "the server was not running")
+
+
+@server_app.command("status")
+def server_status(
+    kit: ServerFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, for a program.")] = False,
+    ready: Annotated[bool, typer.Option(help="Only exit with 0 if devices can be served, with 1 if not.")] = False,
+) -> None:
+    """Say how the server, its clients and its runs are. Exit code 1 if devices cannot be served."""
+    from fedkd.deploy import server
+    from fedkd.deploy.kit import ServerKit
+
+    status = server.status(ServerKit.read(kit))
+    if as_json:
+        print(json.dumps(status, indent=1))
+    elif not ready:
+        _show(status)
+    if not status["ready"]:
+        raise typer.Exit(1)
+
+
+def _show(status: dict[str, Any]) -> None:
+    said = "ready" if status["ready"] else f"{status['phase']}: {'; '.join(status['unready'])}"
+    out.print(f"server at {status['address']} is {said}")
+    out.print(f"disk: {status['disk_free_bytes'] / 1e9:.1f} GB free")
+    parts = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("process", "pid", "up", "restarts", "memory"):
+        parts.add_column(title)
+    for name, row in status["processes"].items():
+        memory = "-" if row["rss_bytes"] is None else f"{row['rss_bytes'] / 1e6:.0f} MB"
+        parts.add_row(name, str(row["pid"] or "-"), f"{row['up_seconds']:.0f} s", str(row["restarts"]), memory)
+    if status["processes"]:
+        out.print(parts)
+    people = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("client", "id", "status", "last seen", "sent today"):
+        people.add_column(title)
+    for row in status["clients"]:
+        seen = "-" if row["last_seen_seconds"] is None else f"{row['last_seen_seconds']:.0f} s ago"
+        people.add_row(row["name"], str(row["id"]), row["status"], seen, f"{row['bytes_today'] / 1e6:.1f} MB")
+    out.print(people)
+    for run in status["runs"]:
+        accuracy = "-" if run["student_accuracy"] is None else f"{100 * run['student_accuracy']:.1f} %"
+        out.print(f"run {run['name']}: {run['rounds']} rounds, student {accuracy}, {run['quarantined']} quarantined")
