@@ -1,0 +1,184 @@
+"""A remote teacher as a :class:`fedkd.distill.Teacher`: asks in streams, remembers answers, retries, resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkd.distill.teachers import Teacher, log_probabilities
+from fedkd.errors import ConfigError, FedkdError
+from fedkd.teacher import teacher_pb2 as pb
+from fedkd.teacher.service import SERVICE
+
+TRIES, FIRST_WAIT_SECONDS, CALL_SECONDS = 6, 0.2, 120.0
+PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.ABORTED)
+
+
+class RemoteError(FedkdError):
+    """The remote teacher refused, or cannot be reached."""
+
+
+class RemoteTeacher(Teacher):
+    """Asks a service of `fedkd teacher serve`.
+
+    Args:
+        url: ``grpcs://host:port`` (TLS) or ``grpc://localhost:port`` (in the clear). Query parameters name files:
+            ``ca`` (the service's CA; default: the system's), ``token`` (a file with the caller's token), ``cert`` and
+            ``key`` (mutual TLS).
+        cache: SQLite file of answers by content, so that no input is ever sent twice; None keeps them in memory.
+        batch: inputs per question.
+    Raises:
+        ConfigError: the address or a file is wrong.
+        RemoteError: the service cannot be reached or refuses this caller.
+    """
+
+    def __init__(self, url: str, cache: Path | None = None, batch: int = 256) -> None:
+        self._channel, self._metadata = _connect(url)
+        self._url = url.split("?")[0]
+        self._describe = self._channel.unary_unary(
+            f"/{SERVICE}/Describe", pb.DescribeRequest.SerializeToString, pb.Description.FromString
+        )
+        self._answer = self._channel.stream_stream(
+            f"/{SERVICE}/Answer", pb.Question.SerializeToString, pb.Reply.FromString
+        )
+        said = self._retry(lambda: self._describe(pb.DescribeRequest(), metadata=self._metadata, timeout=10))
+        self.shape = tuple(int(s) for s in said.shape)
+        self.classes, self.identity = int(said.classes), str(said.identity)
+        self.answers = str(said.answers)
+        self.queries_left = int(said.queries_left) if said.HasField("queries_left") else None
+        if not 2 <= self.classes <= 100_000 or not all(1 <= s <= 1 << 20 for s in self.shape):
+            raise RemoteError(f"{self._url} speaks of shape {self.shape} and {self.classes} classes: that cannot be")
+        self._batch = min(batch, int(said.max_batch))
+        self.asked = 0
+        if cache is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(str(cache) if cache is not None else ":memory:", isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS answers (service TEXT, input BLOB, answer BLOB, PRIMARY KEY (service, input)) "
+            "WITHOUT ROWID"
+        )
+
+    def close(self) -> None:
+        """End the connection."""
+        self._channel.close()
+        self._db.close()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logarithms of the service's probabilities [B, C].
+
+        Raises:
+            ConfigError: inputs of another shape.
+            RemoteError: with the service's reason; answers that came before it are kept.
+        """
+        if tuple(x.shape[1:]) != self.shape:
+            raise ConfigError(f"{self._url} takes inputs {list(self.shape or ())}, got {list(x.shape[1:])}")
+        rows = np.ascontiguousarray(x.detach().float().numpy().reshape(len(x), -1), "<f4")
+        hashes = [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+        known = self._known(hashes)
+        missing = list({h: i for i, h in enumerate(hashes) if h not in known}.values())
+        tries = 0
+        while missing:
+            before = len(missing)
+            try:
+                for part, answers in self._ask(rows, missing):
+                    self._keep([hashes[i] for i in part], answers)
+                    known |= {hashes[i]: a.tobytes() for i, a in zip(part, answers, strict=True)}
+                    self.asked += len(part)
+            except grpc.RpcError as cause:
+                tries = tries + 1 if before == len([i for i in missing if hashes[i] not in known]) else 1
+                self._wait_or_give_up(cause, tries)
+            missing = [i for i in missing if hashes[i] not in known]
+        found = np.frombuffer(b"".join(known[h] for h in hashes), "<f4").reshape(len(x), self.classes)
+        return log_probabilities(found, x.dtype)
+
+    def _ask(
+        self, rows: NDArray[np.float32], missing: Sequence[int]
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        parts = [list(missing[i : i + self._batch]) for i in range(0, len(missing), self._batch)]
+
+        def questions() -> Iterator[pb.Question]:
+            for number, part in enumerate(parts):
+                yield pb.Question(id=number, count=len(part), inputs=rows[part].tobytes())
+
+        # One deadline for a stream of any length would be wrong: it grows with what is asked.
+        timeout = CALL_SECONDS + 0.5 * len(parts)
+        for wanted, reply in enumerate(self._answer(questions(), metadata=self._metadata, timeout=timeout)):
+            if wanted >= len(parts) or reply.id != wanted:
+                raise RemoteError(f"{self._url} answered question {reply.id}, expected {wanted}")
+            part = parts[wanted]
+            if len(reply.probabilities) != 4 * len(part) * self.classes:
+                raise RemoteError(f"{self._url} sent {len(reply.probabilities)} bytes for {len(part)} answers")
+            found = np.frombuffer(reply.probabilities, "<f4").reshape(len(part), self.classes)
+            if not bool((found >= 0).all()) or not np.allclose(found.sum(1), 1, atol=1e-3):
+                raise RemoteError(f"{self._url} sent rows that are no probabilities")
+            yield part, found
+
+    def _wait_or_give_up(self, cause: grpc.RpcError, tries: int) -> None:
+        code, details = cause.code(), " ".join(str(cause.details()).split())[:300]
+        slow_down = code == grpc.StatusCode.RESOURCE_EXHAUSTED and "try again in" in details
+        if not (code in PASSING or slow_down) or tries >= TRIES:
+            raise RemoteError(f"{self._url}: {code.name.lower().replace('_', ' ')}: {details}") from cause
+        time.sleep(FIRST_WAIT_SECONDS * 2**tries)
+
+    def _retry(self, call: Callable[[], Any]) -> Any:
+        for tries in range(1, TRIES + 1):
+            try:
+                return call()
+            except grpc.RpcError as cause:
+                self._wait_or_give_up(cause, tries)
+        raise AssertionError("the last try returns or raises")
+
+    def _known(self, hashes: Sequence[bytes]) -> dict[bytes, bytes]:
+        known: dict[bytes, bytes] = {}
+        asked = list(dict.fromkeys(hashes))
+        for start in range(0, len(asked), 500):
+            part = asked[start : start + 500]
+            query = f"SELECT input, answer FROM answers WHERE service = ? AND input IN ({','.join('?' * len(part))})"
+            known |= dict(self._db.execute(query, (self.identity, *part)))
+        return {h: a for h, a in known.items() if len(a) == 4 * self.classes}
+
+    def _keep(self, hashes: Sequence[bytes], answers: NDArray[np.float32]) -> None:
+        rows = [(self.identity, h, a.tobytes()) for h, a in zip(hashes, answers, strict=True)]
+        self._db.execute("BEGIN")
+        self._db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", rows)
+        self._db.execute("COMMIT")
+
+
+def _connect(url: str) -> tuple[grpc.Channel, list[tuple[str, str]]]:
+    parts = urlsplit(url)
+    if parts.scheme not in ("grpc", "grpcs") or not parts.hostname or not parts.port:
+        raise ConfigError(f"{url!r} is no address of a teacher: expected grpcs://host:port")
+    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    unknown = set(query) - {"ca", "token", "cert", "key", "name"}
+    if unknown:
+        raise ConfigError(f"{url!r}: unknown {', '.join(sorted(unknown))}; known are ca, token, cert, key, name")
+    options: list[tuple[str, object]] = [("grpc.max_receive_message_length", 256 << 20)]
+    metadata = [("authorization", f"Bearer {_read(query['token']).decode().strip()}")] if "token" in query else []
+    target = f"{parts.hostname}:{parts.port}"
+    if parts.scheme == "grpc":
+        if parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+            raise ConfigError(f"{url!r} is in the clear: inputs and token would cross the network; use grpcs://")
+        return grpc.insecure_channel(target, options), metadata
+    if "name" in query:
+        options.append(("grpc.ssl_target_name_override", query["name"]))
+    pair = [_read(query[k]) if k in query else None for k in ("key", "cert")]
+    roots = _read(query["ca"]) if "ca" in query else None
+    return grpc.secure_channel(target, grpc.ssl_channel_credentials(roots, *pair), options), metadata
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as cause:
+        raise ConfigError(f"cannot read {path}: {cause.strerror or cause}") from cause

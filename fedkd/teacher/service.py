@@ -1,0 +1,213 @@
+"""The service: gRPC over TLS or mutual TLS, one account per caller, every byte checked before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
+
+from fedkd.distill.teachers import Teacher
+from fedkd.errors import ConfigError
+from fedkd.teacher import teacher_pb2 as pb
+from fedkd.teacher.accounts import Accounts, OverBudget
+from fedkd.teacher.policy import AnswersConfig, CallerConfig, Policy, token_hash
+
+SERVICE = "fedkd.teacher.v1.Teacher"
+INPUT_CAP = 1e6
+log = logging.getLogger("fedkd.teacher")
+
+
+class TeacherService:
+    """A running service. A context manager: it ends the server and closes the accounts.
+
+    Args:
+        shape: shape of one input.
+    Raises:
+        ConfigError: the address is taken, or certificate and key do not fit.
+    """
+
+    def __init__(self, teacher: Teacher, shape: tuple[int, ...], policy: Policy) -> None:
+        self.teacher, self.shape, self.policy = teacher, shape, policy
+        # Answers of another teacher or under another policy are other answers.
+        text = teacher.identity + policy.answers.model_dump_json()
+        self.identity = hashlib.sha256(text.encode()).hexdigest()
+        self.accounts = Accounts(policy.state)
+        self._model = threading.Lock()
+        size = policy.max_message_bytes
+        self._server = grpc.server(
+            ThreadPoolExecutor(policy.streams, thread_name_prefix="teacher"),
+            maximum_concurrent_rpcs=policy.streams * 2,
+            options=[
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_send_message_length", size),
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_metadata_size", 8192),
+            ],
+        )
+        handlers = {
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self._describe, pb.DescribeRequest.FromString, pb.Description.SerializeToString
+            ),
+            "Answer": grpc.stream_stream_rpc_method_handler(
+                self._answer, pb.Question.FromString, pb.Reply.SerializeToString
+            ),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if policy.reflection:
+            from grpc_reflection.v1alpha import reflection
+
+            reflection.enable_server_reflection((SERVICE, reflection.SERVICE_NAME), self._server)
+        self.port = self._listen()
+
+    def __enter__(self) -> TeacherService:
+        self._server.start()
+        for name in ("", SERVICE):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._health.enter_graceful_shutdown()
+        # Bounded: a call that a stranger left half-open must not hold the end up.
+        self._server.stop(grace=1).wait(timeout=5)
+        self.accounts.close()
+
+    def wait(self) -> None:
+        """Serve until the process is told to end."""
+        self._server.wait_for_termination()
+
+    def _listen(self) -> int:
+        tls = self.policy.tls
+        try:
+            if tls is None:
+                port: int = self._server.add_insecure_port(self.policy.listen)
+            else:
+                pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+                roots = tls.client_ca.read_bytes() if tls.client_ca is not None else None
+                credentials = grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)
+                port = self._server.add_secure_port(self.policy.listen, credentials)
+        except (RuntimeError, OSError) as cause:
+            raise ConfigError(f"cannot listen on {self.policy.listen}: {' '.join(str(cause).split())[:200]}") from cause
+        return port
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
+    def _describe(self, request: Any, context: Any) -> Any:
+        caller = self._caller(context)
+        left = None if caller.queries is None else max(0, caller.queries - self.accounts.spent(caller.name))
+        return pb.Description(
+            shape=self.shape,
+            classes=self.teacher.classes,
+            identity=self.identity,
+            max_batch=self.policy.max_batch,
+            answers=self.policy.answers.words,
+            queries_left=left,
+        )
+
+    def _answer(self, questions: Iterator[Any], context: Any) -> Iterator[Any]:
+        caller = self._caller(context)
+        for question in questions:
+            x, hashes = self._inputs(question, context)
+            try:
+                found, charged = self.accounts.answer(
+                    caller.name,
+                    self.identity,
+                    hashes,
+                    self.teacher.classes,
+                    lambda rows, x=x: self._make(x[rows]),  # type: ignore[misc]
+                    budget=caller.queries,
+                    rate=caller.rate,
+                )
+            except OverBudget as cause:
+                _log("refused", caller.name, reason="budget", asked=len(hashes))
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(cause))
+            _log("answered", caller.name, asked=len(hashes), charged=charged)
+            yield pb.Reply(id=question.id, probabilities=found.tobytes())
+
+    def _inputs(self, question: Any, context: Any) -> tuple[NDArray[np.float32], list[bytes]]:
+        """Check a question's bytes and return its inputs [n, *shape] and their hashes."""
+        count, width = int(question.count), math.prod(self.shape)
+
+        def refuse(why: str) -> None:
+            _log("refused", "-", reason="input")
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
+
+        if not 1 <= count <= self.policy.max_batch:
+            refuse(f"{count} inputs in a question, expected 1 to {self.policy.max_batch}")
+        if len(question.inputs) != 4 * count * width:
+            refuse(
+                f"{len(question.inputs)} bytes for {count} inputs of shape {list(self.shape)}, expected {4 * count * width} "
+                "(little-endian float32)"
+            )
+        x = np.frombuffer(question.inputs, "<f4").reshape(count, width)
+        # One comparison serves both: NaN compares false.
+        if not bool((np.abs(x) <= INPUT_CAP).all()):
+            refuse(f"an input is NaN, infinite or beyond {INPUT_CAP:g}: expected finite numbers")
+        hashes = [hashlib.blake2b(row.data, digest_size=16).digest() for row in x]
+        return x.reshape(count, *self.shape), hashes
+
+    def _make(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        with self._model:
+            logits = self.teacher.logits(torch.from_numpy(np.array(x)))
+        return blur(logits.softmax(-1).double().numpy(), self.policy.answers)
+
+    def _caller(self, context: Any) -> CallerConfig:
+        """Return who calls; ends the call where nobody of the policy does."""
+        given = dict(context.invocation_metadata()).get("authorization", "")
+        token = given.removeprefix("Bearer ") if str(given).startswith("Bearer ") else None
+        names = [n.decode("utf-8", "replace") for n in context.auth_context().get("x509_common_name", [])]
+        for caller in self.policy.callers:
+            by_token = caller.token_sha256 is None or (
+                token is not None and hmac.compare_digest(token_hash(token), caller.token_sha256)
+            )
+            by_certificate = caller.certificate is None or caller.certificate in names
+            if by_token and by_certificate:
+                return caller
+        _log("refused", "-", reason="identity")
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "no caller of the policy has this token or certificate")
+        raise AssertionError("abort raises")
+
+
+def blur(probabilities: NDArray[np.float64], how: AnswersConfig) -> NDArray[np.float32]:
+    """Return probabilities [n, C] as the policy lets them be seen; rows sum to 1.
+
+    Noise is drawn from the operating system's entropy, so that a caller cannot repeat it.
+    """
+    p = probabilities
+    classes = p.shape[1]
+    if how.noise:
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence()))
+        p = np.clip(p + rng.normal(0.0, how.noise, p.shape), 0.0, None)
+        total = p.sum(1, keepdims=True)
+        p = np.where(total > 0, p / np.where(total > 0, total, 1), 1 / classes)
+    if how.kind == "top1":
+        hot: NDArray[np.float32] = np.eye(classes, dtype=np.float32)[p.argmax(1)]
+        return hot
+    if how.top_k is not None and how.top_k < classes:
+        order = np.argsort(-p, axis=1, kind="stable")
+        kept = np.zeros(p.shape, bool)
+        np.put_along_axis(kept, order[:, : how.top_k], True, axis=1)
+        rest = np.where(kept, 0.0, p).sum(1, keepdims=True) / (classes - how.top_k)
+        p = np.where(kept, p, rest)
+    if how.decimals is not None:
+        p = np.round(p, how.decimals)
+        total = p.sum(1, keepdims=True)
+        p = np.where(total > 0, p / np.where(total > 0, total, 1), 1 / classes)
+    return p.astype(np.float32)
+
+
+def _log(event: str, caller: str, **facts: object) -> None:
+    """One JSON object per line: who, what, how many. Never an input, an answer or a token."""
+    log.info(json.dumps({"event": event, "caller": caller, **facts}))

@@ -1,0 +1,362 @@
+"""The teacher's service on loopback: who may ask, how much, what is refused, and that nothing is paid twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from torch import Tensor
+
+from fedkd.distill import ModuleTeacher
+from fedkd.errors import ConfigError
+from fedkd.teacher import client as client_module
+from fedkd.teacher import teacher_pb2 as pb
+from fedkd.teacher.accounts import Accounts, OverBudget
+from fedkd.teacher.client import RemoteError, RemoteTeacher
+from fedkd.teacher.policy import AnswersConfig, CallerConfig, Policy, TlsConfig, load_policy, token_hash
+from fedkd.teacher.service import SERVICE, TeacherService, blur
+
+Digits = tuple[Tensor, Tensor]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "FIRST_WAIT_SECONDS", 0.01)
+
+
+def caller(name: str = "alice", **more: object) -> CallerConfig:
+    return CallerConfig(name=name, token_sha256=token_hash(f"secret of {name}"), **more)  # type: ignore[arg-type]
+
+
+def policy(folder: Path, *callers: CallerConfig, **more: object) -> Policy:
+    raw = {"listen": "127.0.0.1:0", "callers": callers or (caller(),), "state": folder / "state", **more}
+    return Policy.model_validate(raw)
+
+
+@contextlib.contextmanager
+def running(teacher: ModuleTeacher, how: Policy) -> Iterator[TeacherService]:
+    with TeacherService(teacher, (1, 8, 8), how) as service:
+        yield service
+
+
+def url(service: TeacherService, folder: Path, name: str = "alice") -> str:
+    token = folder / f"{name}.token"
+    token.write_text(f"secret of {name}\n")
+    return f"grpc://127.0.0.1:{service.port}?token={token}"
+
+
+def test_a_remote_teacher_answers_as_the_local_one(taught: ModuleTeacher, digits: Digits, tmp_path: Path) -> None:
+    x, _ = digits
+    with running(taught, policy(tmp_path)) as service:
+        remote = RemoteTeacher(url(service, tmp_path), batch=64)
+        assert remote.shape == (1, 8, 8) and remote.classes == 10 and remote.answers == "soft labels"
+        found = remote.logits(x[:300]).softmax(1)
+        assert torch.allclose(found, taught.logits(x[:300]).softmax(1), atol=2e-5)
+        assert service.accounts.spent("alice") == len({r.numpy().tobytes() for r in x[:300]})
+        with pytest.raises(ConfigError, match="takes inputs"):
+            remote.logits(x[:2, :, :4])
+        remote.close()
+
+
+def test_no_query_is_paid_twice(taught: ModuleTeacher, digits: Digits, tmp_path: Path) -> None:
+    x, _ = digits
+    with running(taught, policy(tmp_path, caller(queries=120))) as service:
+        first = RemoteTeacher(url(service, tmp_path), tmp_path / "cache" / "a.sqlite", batch=32)
+        assert first.queries_left == 120
+        answers = first.logits(x[:100])
+        assert first.asked == service.accounts.spent("alice") == 100
+        first.logits(x[:100])
+        assert first.asked == 100, "what is remembered is not sent"
+        first.close()
+        again = RemoteTeacher(url(service, tmp_path), tmp_path / "cache" / "a.sqlite")
+        assert torch.equal(again.logits(x[:100]), answers) and again.asked == 0
+        forgetful = RemoteTeacher(url(service, tmp_path))
+        assert torch.equal(forgetful.logits(x[:100]), answers)
+        assert forgetful.asked == 100 and service.accounts.spent("alice") == 100, "what was paid for is free again"
+        with pytest.raises(RemoteError, match=r"resource exhausted: 21 new inputs asked, 20 of 120 are left to alice"):
+            forgetful.logits(x[100:121])
+        assert service.accounts.spent("alice") == 100, "a refusal costs nothing"
+        forgetful.logits(x[100:120])
+    with running(taught, policy(tmp_path, caller(queries=120))) as service:  # a restart forgets nothing
+        late = RemoteTeacher(url(service, tmp_path))
+        assert late.queries_left == 0
+        with pytest.raises(RemoteError, match="0 of 120"):
+            late.logits(x[200:201])
+        late.logits(x[50:120])
+
+
+def test_noise_cannot_be_averaged_away(taught: ModuleTeacher, digits: Digits, tmp_path: Path) -> None:
+    x, _ = digits
+    with running(taught, policy(tmp_path, caller(), caller("bob"), answers=AnswersConfig(noise=0.1))) as service:
+        twice = [RemoteTeacher(url(service, tmp_path)).logits(x[:20]) for _ in range(2)]
+        assert torch.equal(twice[0], twice[1])
+        other = RemoteTeacher(url(service, tmp_path, "bob")).logits(x[:20])
+        assert not torch.allclose(twice[0], other, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["mallory", None])
+def test_strangers_are_refused(taught: ModuleTeacher, tmp_path: Path, name: str | None, quick: None) -> None:
+    with running(taught, policy(tmp_path)) as service:
+        address = url(service, tmp_path, name) if name else f"grpc://127.0.0.1:{service.port}"
+        with pytest.raises(RemoteError, match="unauthenticated"):
+            RemoteTeacher(address)
+
+
+def raw_ask(service: TeacherService, question: pb.Question) -> grpc.StatusCode:
+    with grpc.insecure_channel(f"127.0.0.1:{service.port}") as channel:
+        call = channel.stream_stream(f"/{SERVICE}/Answer", pb.Question.SerializeToString, pb.Reply.FromString)
+        meta = [("authorization", "Bearer secret of alice")]
+        try:
+            list(call(iter([question]), metadata=meta, timeout=20))
+        except grpc.RpcError as cause:
+            return cause.code()  # type: ignore[no-any-return]
+    return grpc.StatusCode.OK
+
+
+def test_malformed_and_huge_input_is_refused_and_the_service_goes_on(
+    taught: ModuleTeacher, digits: Digits, tmp_path: Path
+) -> None:
+    x, _ = digits
+    one = x[:1].numpy().astype("<f4").tobytes()
+    bad = {
+        "nothing": pb.Question(count=0, inputs=b""),
+        "more than it says": pb.Question(count=1, inputs=one * 2),
+        "less than it says": pb.Question(count=2, inputs=one),
+        "a count of 4 billion": pb.Question(count=2**32 - 1, inputs=one),
+        "over the batch": pb.Question(count=65, inputs=one * 65),
+        "NaN": pb.Question(count=1, inputs=np.full(64, np.nan, "<f4").tobytes()),
+        "infinity": pb.Question(count=1, inputs=np.full(64, -np.inf, "<f4").tobytes()),
+        "1e30": pb.Question(count=1, inputs=np.full(64, 1e30, "<f4").tobytes()),
+    }
+    with running(taught, policy(tmp_path, max_batch=64, max_message_bytes=1 << 20)) as service:
+        for name, question in bad.items():
+            assert raw_ask(service, question) == grpc.StatusCode.INVALID_ARGUMENT, name
+        huge = pb.Question(count=64, inputs=bytes(2 << 20))
+        assert raw_ask(service, huge) == grpc.StatusCode.RESOURCE_EXHAUSTED
+        with grpc.insecure_channel(f"127.0.0.1:{service.port}") as channel:
+            junk = channel.stream_stream(f"/{SERVICE}/Answer")
+            with pytest.raises(grpc.RpcError):
+                list(junk(iter([b"\xff" * 1000]), metadata=[("authorization", "Bearer secret of alice")], timeout=20))
+        assert service.accounts.spent("alice") == 0
+        assert raw_ask(service, pb.Question(count=1, inputs=one)) == grpc.StatusCode.OK
+
+
+def test_the_rate_is_held_and_waited_for(taught: ModuleTeacher, tmp_path: Path, quick: None) -> None:
+    with running(taught, policy(tmp_path, caller(rate=2000))) as service:
+        remote = RemoteTeacher(url(service, tmp_path), batch=500)
+        began = time.monotonic()
+        remote.logits(torch.rand(4000, 1, 8, 8))
+        assert time.monotonic() - began >= (4000 - 2000) / 2000 * 0.9, "a second's worth at once, the rest at the rate"
+        assert service.accounts.spent("alice") == 4000
+
+
+def test_health_is_told_to_anybody_and_methods_to_nobody(taught: ModuleTeacher, tmp_path: Path) -> None:
+    with running(taught, policy(tmp_path)) as service, grpc.insecure_channel(f"127.0.0.1:{service.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        said = stub.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=10)
+        assert said.status == health_pb2.HealthCheckResponse.SERVING
+        listing = channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        with pytest.raises(grpc.RpcError) as seen:
+            listing(b"", timeout=10)
+        assert seen.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_logs_tell_counts_and_no_content(
+    taught: ModuleTeacher, digits: Digits, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="fedkd.teacher")
+    with running(taught, policy(tmp_path)) as service:
+        RemoteTeacher(url(service, tmp_path)).logits(digits[0][:7])
+        with pytest.raises(RemoteError):
+            RemoteTeacher(url(service, tmp_path, "mallory"))
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "fedkd.teacher"]
+    assert {"event": "answered", "caller": "alice", "asked": 7, "charged": 7} in lines
+    assert {"event": "refused", "caller": "-", "reason": "identity"} in lines
+    assert "secret" not in caplog.text
+
+
+# ---- TLS ------------------------------------------------------------------------------------------------------------
+def test_mutual_tls_tells_callers_by_their_certificates(
+    taught: ModuleTeacher, digits: Digits, tmp_path: Path, quick: None, new_ca: Any
+) -> None:
+    x, _ = digits
+    ca, wrong = new_ca(tmp_path / "ca"), new_ca(tmp_path / "wrong")
+    certificate, key = ca.issue("server")
+    tls = TlsConfig(certificate=certificate, key=key, client_ca=ca.folder / "ca.crt")
+    how = policy(tmp_path, CallerConfig(name="alice", certificate="alice"), tls=tls)
+
+    def address(authority: Any, name: str, trust: Any = ca) -> str:
+        mine = ""
+        if authority is not None:
+            cert, own = authority.issue(name)
+            mine = f"&cert={cert}&key={own}"
+        return f"grpcs://localhost:{service.port}?ca={trust.folder / 'ca.crt'}{mine}"
+
+    with running(taught, how) as service:
+        remote = RemoteTeacher(address(ca, "alice"))
+        assert torch.allclose(remote.logits(x[:9]).softmax(1), taught.logits(x[:9]).softmax(1), atol=2e-5)
+        with pytest.raises(RemoteError, match="unauthenticated"):
+            RemoteTeacher(address(ca, "bob"))  # known to the CA, not to the policy
+        for stranger in (address(wrong, "alice"), address(None, "alice"), address(ca, "alice", trust=wrong)):
+            with pytest.raises(RemoteError, match="unavailable"):
+                RemoteTeacher(stranger)
+        with pytest.raises(RemoteError, match="unavailable"):
+            RemoteTeacher(f"grpc://127.0.0.1:{service.port}")  # in the clear
+        remote.logits(x[9:20])
+        assert service.accounts.spent("alice") == 20
+
+
+# ---- killed and resumed ---------------------------------------------------------------------------------------------
+ASK = """
+import sys, torch
+from fedkd.teacher import client
+client.FIRST_WAIT_SECONDS = 0.05
+remote = client.RemoteTeacher(sys.argv[1], __import__("pathlib").Path(sys.argv[2]), batch=10)
+x = torch.rand(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+print("ready", flush=True)
+remote.logits(x)
+print("done", remote.asked, flush=True)
+"""
+
+
+def test_a_killed_caller_pays_nothing_twice(taught: ModuleTeacher, tmp_path: Path) -> None:
+    cache = tmp_path / "answers.sqlite"
+    with running(taught, policy(tmp_path, caller(queries=2000))) as service:
+        command = [sys.executable, "-c", ASK, url(service, tmp_path), str(cache)]
+        first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert first.stdout is not None and first.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 60
+        while service.accounts.spent("alice") < 300 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait(timeout=30)
+        paid = service.accounts.spent("alice")
+        assert 300 <= paid < 2000, "it was to be killed half-way"
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        asked = int(second.stdout.split()[-1])
+        assert service.accounts.spent("alice") == 2000, (
+            "the budget is 2,000 for 2,000 inputs: one paid twice would fail"
+        )
+        assert asked < 2000, "what had arrived before the kill is remembered"
+
+
+def test_a_service_that_comes_back_is_found_again(
+    taught: ModuleTeacher, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "FIRST_WAIT_SECONDS", 0.3)
+    x, _ = digits
+    with running(taught, policy(tmp_path)) as service:
+        port = service.port
+        remote = RemoteTeacher(url(service, tmp_path))
+        remote.logits(x[:5])
+    import threading
+
+    def later() -> None:
+        time.sleep(0.5)
+        with running(taught, policy(tmp_path, listen=f"127.0.0.1:{port}")):
+            done.wait(30)
+
+    done = threading.Event()
+    thread = threading.Thread(target=later)
+    thread.start()
+    try:
+        assert remote.logits(x[:10]).shape == (10, 10)
+    finally:
+        done.set()
+        thread.join()
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+def test_accounts_are_all_or_nothing(tmp_path: Path) -> None:
+    accounts = Accounts(tmp_path)
+
+    def broken(rows: np.ndarray) -> np.ndarray:
+        raise RuntimeError("the model failed")
+
+    with pytest.raises(RuntimeError):
+        accounts.answer("a", "s", [b"1", b"2"], 3, broken, budget=5, rate=None)
+    assert accounts.spent("a") == 0
+    found, charged = accounts.answer(
+        "a", "s", [b"1", b"2", b"1"], 2, lambda rows: np.stack([rows, rows], 1).astype("f4"), budget=2, rate=None
+    )
+    assert charged == 2 and found[:, 0].tolist() == [0, 1, 0]
+    with pytest.raises(OverBudget):
+        accounts.answer("a", "s", [b"3"], 2, lambda rows: np.zeros((1, 2), "f4"), budget=2, rate=None)
+    accounts.answer("z", "s", [b"3"], 2, lambda rows: np.zeros((1, 2), "f4"), budget=None, rate=0.1)
+    with pytest.raises(OverBudget, match="try again"):
+        accounts.answer("z", "s", [b"4"], 2, lambda rows: np.zeros((1, 2), "f4"), budget=None, rate=0.1)
+
+
+def test_answers_tell_no_more_than_the_policy_says() -> None:
+    p = np.array([[0.61, 0.3, 0.06, 0.03], [0.1, 0.2, 0.3, 0.4]])
+    assert blur(p, AnswersConfig()) == pytest.approx(p, abs=1e-7)
+    assert blur(p, AnswersConfig(kind="top1")).tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    assert blur(p, AnswersConfig(top_k=1))[0] == pytest.approx([0.61, 0.13, 0.13, 0.13], abs=1e-6)
+    assert blur(p, AnswersConfig(top_k=2))[0] == pytest.approx([0.61, 0.3, 0.045, 0.045], abs=1e-6)
+    assert blur(p, AnswersConfig(decimals=1))[0] == pytest.approx([0.6, 0.3, 0.1, 0.0], abs=1e-6)
+    noisy = np.concatenate([blur(p, AnswersConfig(noise=0.01)) for _ in range(400)])
+    assert noisy.sum(1) == pytest.approx(1, abs=1e-5) and noisy.min() >= 0
+    deviation = noisy[::2, 0].std()
+    assert 0.0067 < deviation < 0.015, "2/3 and 3/2 of the noise would be another policy"
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ({"callers": []}, "callers"),
+        ({"callers": [{"name": "a"}]}, "token_sha256, certificate, or both"),
+        ({"callers": [{"name": "a", "certificate": "a"}]}, "client_ca"),
+        ({"callers": [{"name": "a", "token_sha256": "0" * 64}] * 2}, "two callers"),
+        ({"callers": [{"name": "a", "token_sha256": "0" * 64}], "listen": "0.0.0.0:1"}, "without tls"),
+        ({"callers": [{"name": "a", "token_sha256": "0" * 64}], "lisen": "x"}, "Did you mean 'listen'"),
+        ({"callers": [{"name": "a", "token_sha256": "0" * 64}], "tls": {"certificate": "c", "key": "k"}}, "not beside"),
+    ],
+)
+def test_policies_that_cannot_be_meant_are_refused(raw: dict[str, object], says: str, tmp_path: Path) -> None:
+    import yaml
+
+    path = tmp_path / "policy.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=says):
+        load_policy(path)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("http://localhost:1", "grpcs://host:port"),
+        ("grpcs://localhost", "grpcs://host:port"),
+        ("grpc://example.org:1", "in the clear"),
+        ("grpcs://localhost:1?cacert=x", "unknown cacert"),
+        ("grpcs://localhost:1?ca=/none", "cannot read /none"),
+    ],
+)
+def test_addresses_that_cannot_be_meant_are_refused(address: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        RemoteTeacher(address)
+
+
+def test_the_generated_code_is_that_of_the_proto(tmp_path: Path) -> None:
+    pytest.importorskip("grpc_tools")
+    root = Path(client_module.__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", f"-I{root}", f"--python_out={tmp_path}", "fedkd/teacher/teacher.proto"],
+        check=True, cwd=root, timeout=60,
+    )  # fmt: skip
+    fresh = (tmp_path / "fedkd/teacher/teacher_pb2.py").read_text().splitlines()
+    held = (root / "fedkd/teacher/teacher_pb2.py").read_text().splitlines()
+    assert [r for r in fresh if "AddSerializedFile" in r] == [r for r in held if "AddSerializedFile" in r]
