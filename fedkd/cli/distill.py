@@ -64,6 +64,7 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
             count = size["student" if name == "alone" else name]
             said = "" if count is None else f"  ({count:,} parameters)"
             lines.append((name if name != "alone" else "student alone", f"{100 * accuracy[name]:.2f} %{said}"))
+    lines.append(("agreement", f"{100 * summary['agreement']:.2f} % of the training inputs, student and teacher"))
     lines += [("time", f"{summary['seconds']:.1f} s"), ("run", str(folder))]
     width = max(len(name) for name, _ in lines)
     out.print()

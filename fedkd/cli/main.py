@@ -199,9 +199,10 @@ def config_show(words: Overrides = None) -> None:
 
 def _register() -> None:
     """Add the commands that live in files of their own."""
-    from fedkd.cli import distill
+    from fedkd.cli import distill, teacher
 
     distill.register(app)
+    teacher.register(app)
 
 
 _register()

@@ -6,12 +6,13 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from fedkd.data import DataConfig
+from fedkd.data.config import Source
 from fedkd.distill.distiller import Fit
 from fedkd.distill.terms import SigmoidRamp, Term, Warmup, constant
 from fedkd.errors import ConfigError
@@ -84,20 +85,25 @@ class TermConfig(BaseModel):
 
 
 class TeacherConfig(Section):
-    """A teacher: a file, or a model of the registry that is trained here first on the same data.
+    """A teacher: a file, a service, or a model of the registry that is trained here first on the same data.
 
     `path`: .safetensors, .onnx, or a .pt/.pth state dict (read with weights_only=True).
     """
 
     path: Path | None = None
+    url: str | None = Field(None, description="grpcs://host:port of `fedkd teacher serve`, with ?ca=FILE&token=FILE.")
     model: str | None = Field(None, description="Architecture; needed where no file names it.")
     weight: float = Field(1.0, ge=0, description="Weight among several teachers.")
     training: FitConfig = FitConfig()
 
     @model_validator(mode="after")
     def _something(self) -> TeacherConfig:
-        if self.path is None and self.model is None:
-            raise ConfigError("a teacher needs `path`, a file, or `model`, an architecture to be trained here first")
+        if self.path is None and self.model is None and self.url is None:
+            raise ConfigError(
+                "a teacher needs `path`, a file, `url`, a service, or `model`, an architecture to be trained here first"
+            )
+        if self.url is not None and (self.path is not None or self.model is not None):
+            raise ConfigError("a teacher is one thing: give `url` alone, or `path` and `model`")
         return self
 
 
@@ -107,42 +113,75 @@ class DistillExperiment(Section):
     name: str = Field("distill", min_length=1, pattern=r"^[\w.-]+$")
     seed: int = Field(1, ge=0)
     data: DataConfig = DataConfig()
+    inputs: Path | None = Field(
+        None,
+        description="Unlabelled inputs that the student learns on, instead of records of `data`: a folder of images, or "
+        "an .npz file with an array `x`. `data=FOLDER` says the same.",
+    )
     omit: tuple[int, ...] = Field((), description="Classes left out of what the student sees (Hinton's omitted digit).")
     labels: bool = Field(True, description="False: the student's records have no labels, the teacher's must do.")
     teacher: tuple[TeacherConfig, ...] = Field((TeacherConfig(model="mlp(hidden=[400, 400])"),), min_length=1)
     mix: Literal["probabilities", "logits"] = Field("probabilities", description="How several teachers become one.")
     student: str = "mlp(hidden=[32])"
     terms: tuple[TermConfig, ...] = Field(
-        (TermConfig(loss="ce", weight=0.1), TermConfig(loss="kd", weight=0.9)), min_length=1
+        (), description="Addends of the loss; default: .1 ce + .9 kd, and kd alone where there are no labels."
     )
     training: FitConfig = FitConfig()
     alone: bool = Field(True, description="Also train the same student without a teacher, for comparison.")
     cache: bool = Field(True, description="Keep the teacher's answers on disk, memory-mapped.")
 
-    @field_validator("data", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _source(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
+    def _short(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("data"), str):
+            return raw
+        rest = {k: v for k, v in raw.items() if k != "data"}
+        if raw["data"] in get_args(Source):
+            return {**rest, "data": {"source": raw["data"]}}
+        return {**rest, "inputs": raw["data"]}
 
     @field_validator("teacher", mode="before")
     @classmethod
     def _one(cls, value: Any) -> Any:
         values = [value] if isinstance(value, str | dict) or not isinstance(value, Sequence) else list(value)
-        return [({"path": v} if _is_file(v) else {"model": v}) if isinstance(v, str) else v for v in values]
+        return [_told(v) if isinstance(v, str) else v for v in values]
 
     @model_validator(mode="after")
     def _fits(self) -> DistillExperiment:
-        if not self.labels and any(LOSSES[t.loss].reads == "labels" for t in self.terms):
-            raise ConfigError("labels is false, so that no term can read them: leave `ce` out of terms")
+        if not self.labelled and any(LOSSES[t.loss].reads == "labels" for t in self.terms):
+            raise ConfigError(
+                "the student's inputs have no labels, so that no term can read them: leave `ce` out of terms"
+            )
+        if self.inputs is not None and any(t.path is None and t.url is None for t in self.teacher):
+            raise ConfigError(
+                "unlabelled inputs cannot train a teacher: give teacher=FILE or teacher=grpcs://host:port"
+            )
         return self
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the student's records have labels."""
+        return self.labels and self.inputs is None
+
+    @property
+    def chosen(self) -> tuple[TermConfig, ...]:
+        """The terms, the default ones if none are given."""
+        if self.terms:
+            return self.terms
+        kd = TermConfig(loss="kd", weight=0.9 if self.labelled else 1.0)
+        return (TermConfig(loss="ce", weight=0.1), kd) if self.labelled else (kd,)
 
     def dump(self) -> str:
         """Return the resolved experiment as YAML that loads to the same experiment."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def _is_file(text: str) -> bool:
-    return Path(text).suffix.lower() in (".safetensors", ".onnx", ".pt", ".pth")
+def _told(text: str) -> dict[str, str]:
+    """Return what a teacher given as one word is."""
+    if "://" in text:
+        return {"url": text}
+    is_file = Path(text).suffix.lower() in (".safetensors", ".onnx", ".pt", ".pth")
+    return {"path": text} if is_file else {"model": text}
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], DistillExperiment]]:

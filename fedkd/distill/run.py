@@ -18,7 +18,8 @@ from fedkd.data.dataset import Dataset
 from fedkd.distill.cache import data_identity
 from fedkd.distill.config import DistillExperiment, FitConfig, TeacherConfig
 from fedkd.distill.distiller import Distiller, Epoch, Records, accuracy
-from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, Teacher, load_teacher
+from fedkd.distill.inputs import unlabelled
+from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, OnnxTeacher, Teacher, load_teacher, read_note
 from fedkd.distill.terms import Term
 from fedkd.errors import ConfigError
 from fedkd.experiment import build, read_yaml
@@ -71,6 +72,23 @@ def resume(folder: Path, watch: Watch | None = None) -> Distilled:
 class _Work:
     def __init__(self, experiment: DistillExperiment, folder: Path, watch: Watch | None) -> None:
         self.experiment, self.folder, self.watch = experiment, folder, watch
+        self.full: Records | None = None
+        self.test: Records | None = None
+        self.class_names: tuple[str, ...] = ()
+        # A teacher that is there already tells the form of unlabelled inputs.
+        self.ready = [self._found(config) for config in experiment.teacher] if experiment.inputs is not None else []
+        if experiment.inputs is None:
+            self._labelled()
+        else:
+            form = next((t.shape for t in self.ready if t is not None and t.shape is not None), None)
+            self.train = unlabelled(experiment.inputs, form)
+            self.shape = tuple(self.train.x(np.zeros(1, np.int64)).shape[1:])
+            self.classes = next(t.classes for t in self.ready if t is not None)
+        # Built before anything is trained, so that a wrong name costs nothing.
+        self.student = self._model(experiment.student, "student")
+
+    def _labelled(self) -> None:
+        experiment = self.experiment
         split = load_data(experiment.data, experiment.seed)
         self.shape, self.classes = split.train.shape, split.train.classes
         self.class_names = split.train.class_names
@@ -81,9 +99,6 @@ class _Work:
         self.train = _records(split.train.select(seen)) if experiment.omit else self.full
         if not experiment.labels:
             self.train = Records(size=self.train.size, x=self.train.x, identity=self.train.identity)
-        self.test_labels = split.test.y
-        # Built before anything is trained, so that a wrong name costs nothing.
-        self.student = self._model(experiment.student, "student")
 
     def run(self) -> Distilled:
         began = time.perf_counter()
@@ -95,7 +110,7 @@ class _Work:
         distiller = Distiller(
             self.student,
             teacher,
-            [t.term for t in experiment.terms],
+            [t.term for t in experiment.chosen],
             fit=experiment.training.fit,
             seed=experiment.seed,
             cache=cache,
@@ -107,10 +122,11 @@ class _Work:
             "name": experiment.name,
             "seed": experiment.seed,
             "accuracy": {
-                "student": accuracy(self.student, self.test),
-                "teacher": accuracy(teacher, self.test),
+                "student": self._accuracy(self.student),
+                "teacher": self._accuracy(teacher),
                 "alone": None,
             },
+            "agreement": agreement(self.student, teacher, self.train),
             "accuracy_by_class": {
                 "student": self._by_class(self.student),
                 "teacher": self._by_class(teacher),
@@ -124,7 +140,7 @@ class _Work:
                 alone, None, [Term(CrossEntropy(), 1.0)], fit=experiment.training.fit, seed=experiment.seed
             )
             self._fit(lonely, self.train, "alone", experiment.training)
-            summary["accuracy"]["alone"] = accuracy(alone, self.test)  # type: ignore[index]
+            summary["accuracy"]["alone"] = self._accuracy(alone)  # type: ignore[index]
             summary["accuracy_by_class"]["alone"] = self._by_class(alone)  # type: ignore[index]
         summary |= {"seconds": time.perf_counter() - began, "versions": versions(), "git_revision": git_revision()}
         self._keep(self.student, experiment.student, self.folder / STUDENT)
@@ -132,9 +148,15 @@ class _Work:
         return Distilled(self.folder, summary)
 
     def _teacher(self, place: int, config: TeacherConfig) -> Teacher:
-        if config.path is not None:
-            return load_teacher(config.path, self.shape, self.classes, config.model)
-        assert config.model is not None
+        found = self.ready[place] if self.ready else self._found(config)
+        if found is not None:
+            if found.classes != self.classes or (found.shape is not None and found.shape != self.shape):
+                raise ConfigError(
+                    f"the teacher takes inputs {list(found.shape or ())} and knows {found.classes} classes, the data have "
+                    f"{list(self.shape)} and {self.classes}"
+                )
+            return found
+        assert config.model is not None and self.full is not None
         stage = f"teacher {place + 1}"
         model = self._model(config.model, stage)
         trained = Distiller(
@@ -147,6 +169,26 @@ class _Work:
         self._fit(trained, self.full, stage, config.training)
         self._keep(model, config.model, self.folder / f"teacher-{place + 1}.safetensors")
         return ModuleTeacher(model, self.classes, self.shape)
+
+    def _found(self, config: TeacherConfig) -> Teacher | None:
+        """Return a teacher that is there already; None for one that is to be trained."""
+        if config.url is not None:
+            from fedkd.teacher.client import RemoteTeacher
+
+            return RemoteTeacher(config.url, self.folder / "answers" / "remote.sqlite")
+        if config.path is None:
+            return None
+        note = read_note(config.path) if self.experiment.inputs is not None else {}
+        shape = tuple(note.get("shape", ())) or getattr(self, "shape", None)
+        classes = int(note.get("classes", 0)) or getattr(self, "classes", None)
+        if shape is None or classes is None:
+            if config.path.suffix.lower() == ".onnx":
+                return OnnxTeacher(config.path)
+            raise ConfigError(f"{config.path} does not say what it takes and gives: name labelled `data` beside it")
+        return load_teacher(config.path, shape, classes, config.model)
+
+    def _accuracy(self, model: nn.Module | Teacher) -> float | None:
+        return None if self.test is None else accuracy(model, self.test)
 
     def _fit(self, distiller: Distiller, data: Records, stage: str, how: FitConfig) -> None:
         place = self.folder / "checkpoints" / stage.replace(" ", "-")
@@ -171,14 +213,17 @@ class _Work:
 
     def _by_class(self, model: nn.Module | Teacher) -> list[float | None]:
         found: list[float | None] = []
+        if self.test is None or self.test.y is None:
+            return found
+        test, labels = self.test, self.test.y.numpy()
         for c in range(self.classes):
-            rows = np.flatnonzero(self.test_labels == c)
+            rows = np.flatnonzero(labels == c)
             if not len(rows):
                 found.append(None)
                 continue
             part = Records(
                 size=len(rows),
-                x=lambda index, rows=rows: self.test.x(rows[index]),  # type: ignore[misc]
+                x=lambda index, rows=rows: test.x(rows[index]),  # type: ignore[misc]
                 y=torch.full((len(rows),), c),
             )
             found.append(accuracy(model, part))
@@ -197,6 +242,20 @@ def _records(data: Dataset) -> Records:
         y=torch.from_numpy(data.y),
         identity=identity,
     )
+
+
+@torch.no_grad()
+def agreement(student: nn.Module, teacher: Teacher, data: Records, most: int = 2000) -> float:
+    """Return the share of (at most ``most``) inputs on which student and teacher choose one class."""
+    index = np.linspace(0, data.size - 1, min(most, data.size)).astype(np.int64)
+    before = student.training
+    student.eval()
+    same = 0
+    for start in range(0, len(index), 500):
+        x = data.x(index[start : start + 500])
+        same += int((student(x).argmax(1) == teacher.logits(x).argmax(1)).sum())
+    student.train(before)
+    return same / len(index)
 
 
 def _size(model: nn.Module) -> int:

@@ -184,8 +184,9 @@ def load_teacher(path: Path, shape: tuple[int, ...], classes: int, model: str | 
 
 def read_note(path: Path) -> dict[str, Any]:
     """Return what a student's file says of itself: architecture, shape, classes; empty for a file of another maker."""
+    data = _bytes(path)
     try:
-        return dict(json.loads(read_metadata(_bytes(path))["fedkd"]))
+        return dict(json.loads(read_metadata(data)["fedkd"]))
     except (StorageError, KeyError, ValueError):
         return {}
 

@@ -79,7 +79,7 @@ def test_omitted_digits_are_learnt_from_the_teacher_alone(tmp_path: Path) -> Non
         (["terms=[{loss: kd, temprature: 3}]"], "Did you mean 'temperature'"),
         (["terms=[{loss: kd, temperature: 0}]"], "above 0"),
         (["terms=[{loss: kd, temperature: hot}]"], "number"),
-        (["labels=false"], "leave `ce` out"),
+        (["labels=false", "terms=[{loss: ce}]"], "leave `ce` out"),
         (["teacher={weight: 1}"], "needs `path`"),
         (["teacher=gone.safetensors"], "cannot read the teacher"),
         (["student=lenett"], "Did you mean 'lenet'"),

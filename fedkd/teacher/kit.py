@@ -1,0 +1,54 @@
+"""A folder that lets a teacher be served at once: a private CA, a certificate, a policy, and a token per caller."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from fedkd.deploy.ca import SERVER, Authority, certificate_pem, key_pem, new_key
+from fedkd.errors import ConfigError
+from fedkd.storage import write_atomic
+from fedkd.teacher.policy import Policy, new_token, token_hash
+
+DAYS = 90
+
+
+def make_kit(folder: Path, hosts: Sequence[str], callers: Sequence[str], listen: str) -> dict[str, Path]:
+    """Make ``folder`` with policy.yaml, ca.crt, server.crt, server.key and tokens/NAME; return each caller's token file.
+
+    The authority's key is not kept: it has signed all that it was made for.
+
+    Raises:
+        ConfigError: the folder is there already and holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: choose another folder, or serve with --policy {folder}/policy.yaml")
+    authority, key = Authority.new("fedkd teacher"), new_key()
+    leaf = authority.leaf("teacher", key.public_key(), usage=SERVER, hosts=list(dict.fromkeys(hosts)), days=DAYS)
+    (folder / "tokens").mkdir(parents=True, mode=0o700)
+    folder.chmod(0o700)
+    write_atomic(folder / "ca.crt", certificate_pem(authority.certificate))
+    write_atomic(folder / "server.crt", certificate_pem(leaf))
+    _secret(folder / "server.key", key_pem(key))
+    tokens, known = {}, []
+    for name in callers:
+        token = new_token()
+        tokens[name] = folder / "tokens" / name
+        _secret(tokens[name], token.encode() + b"\n")
+        known.append({"name": name, "token_sha256": token_hash(token), "queries": 100_000})
+    raw = {"listen": listen, "tls": {"certificate": "server.crt", "key": "server.key"}, "callers": known}
+    Policy.model_validate(raw)
+    write_atomic(folder / "policy.yaml", yaml.safe_dump(raw, sort_keys=False).encode())
+    return tokens
+
+
+def _secret(path: Path, data: bytes) -> None:
+    """Write a file that nobody else may read, from its first byte on."""
+    before = os.umask(0o077)
+    try:
+        write_atomic(path, data)
+    finally:
+        os.umask(before)

@@ -1,0 +1,77 @@
+"""What a service answers by: files, objects with ``predict_proba``, or several of them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedkd.distill.teachers import (
+    EnsembleTeacher,
+    OnnxTeacher,
+    PredictorTeacher,
+    Teacher,
+    load_teacher,
+    read_note,
+)
+from fedkd.errors import ConfigError
+
+
+def open_teacher(
+    models: Sequence[str], model: str | None, shape: tuple[int, ...] | None, classes: int | None
+) -> tuple[Teacher, tuple[int, ...]]:
+    """Return the teacher (an ensemble of equal weights, where several are named) and the shape of one input.
+
+    Args:
+        models: files, or ``package.module:factory``: the owner's own function that returns a fitted object with
+            ``predict_proba``.
+        model: architecture, where a file does not name it.
+        shape, classes: of the inputs and answers, where no file tells.
+    Raises:
+        ConfigError: a file is missing or says too little, or the teachers do not fit each other.
+    """
+    found = [_open(name, model, shape, classes) for name in models]
+    shapes = sorted({t.shape for t in found if t.shape is not None})
+    if len(shapes) > 1:
+        raise ConfigError(f"the teachers take inputs of different shapes: {shapes}")
+    form = shapes[0] if shapes else shape
+    if form is None:
+        raise ConfigError("no file tells the shape of one input: give --shape, such as 1x28x28")
+    return (found[0] if len(found) == 1 else EnsembleTeacher([(t, 1.0) for t in found])), form
+
+
+def _open(name: str, model: str | None, shape: tuple[int, ...] | None, classes: int | None) -> Teacher:
+    if ":" in name and not Path(name).exists():
+        return _imported(name, shape, classes)
+    path = Path(name)
+    if path.suffix.lower() == ".onnx":
+        onnx = OnnxTeacher(path)
+        return load_teacher(path, shape or onnx.shape or (), classes or onnx.classes)
+    note = read_note(path) if path.suffix.lower() == ".safetensors" else {}
+    own_shape, own_classes = tuple(note.get("shape", shape or ())), int(note.get("classes", classes or 0))
+    if not own_shape or not own_classes:
+        raise ConfigError(f"{name} does not say what it takes and gives: add --model, --shape and --classes")
+    return load_teacher(path, own_shape, own_classes, model)
+
+
+def _imported(name: str, shape: tuple[int, ...] | None, classes: int | None) -> Teacher:
+    module, _, attribute = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as cause:
+        raise ConfigError(f"teacher {name!r} cannot be imported: {cause}") from cause
+    if not hasattr(made, "predict_proba"):
+        raise ConfigError(f"teacher {name!r} gave a {type(made).__name__}: expected a fitted object with predict_proba")
+    held = np.asarray(getattr(made, "classes_", np.zeros(0)))
+    count = classes or (int(held.max()) + 1 if held.size and np.issubdtype(held.dtype, np.integer) else 0)
+    if not count or shape is None:
+        raise ConfigError(f"teacher {name!r} does not say what it takes and gives: add --shape and --classes")
+    # What it answers to a fixed probe names it: a fitted object has no bytes of its own to hash.
+    probe = np.random.default_rng(0).normal(size=(16, int(np.prod(shape)))).astype(np.float32)
+    identity = hashlib.sha256(
+        name.encode() + np.ascontiguousarray(made.predict_proba(probe), "<f8").tobytes()
+    ).hexdigest()
+    return PredictorTeacher(made, count, identity, shape)
