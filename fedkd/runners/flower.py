@@ -73,8 +73,10 @@ class Devices(FolderStore):
 
     def __init__(self, run_folder: Path, experiment: Experiment) -> None:
         super().__init__(run_folder / DEVICES)
-        # One more than rounds since the oldest checkpoint, and one for a request that was waiting there.
-        self.rounds_kept = experiment.checkpoint.every * experiment.checkpoint.keep + 2
+        self.rounds_kept = experiment.checkpoint.every * experiment.checkpoint.keep + 1
+        if experiment.virtual is not None:
+            # The oldest checkpoint may hold a request that was still waiting for its device.
+            self.rounds_kept += 1
 
     def save(self, client: int, round: int, kept: Kept) -> None:
         tensors, kind = flatten(kept)
