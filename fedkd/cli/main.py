@@ -118,6 +118,8 @@ def _tell(summary: Mapping[str, Any], folder: Path) -> None:
     lines.append(("per device", f"{up:.3f} MB up, {down:.3f} MB down{extra}"))
     lines.append(("epsilon", epsilon_line(summary)))
     lines.append(("time", f"{summary['seconds']:.1f} s, {summary['rounds_completed']} rounds of {summary['method']}"))
+    if summary.get("virtual_seconds") is not None:
+        lines.append(("virtual time", f"{summary['virtual_seconds'] / 3600:.2f} h on the simulated devices"))
     lines.append(("run", str(folder)))
     width = max(len(name) for name, _ in lines)
     out.print()

@@ -24,6 +24,7 @@ from fedkd.report.runfolder import (
     ROUNDS_FILE,
     SWEEP_FILE,
     Group,
+    Round,
     Run,
     Spread,
     Sweep,
@@ -83,6 +84,13 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit that shows a time well, and its seconds."""
+    return next(
+        ((name, size) for name, size in (("hours", 3600.0), ("minutes", 60.0)) if seconds >= size), ("seconds", 1.0)
+    )
 
 
 def spread_text(spread: Spread | None, digits: int = 1) -> str:
@@ -196,6 +204,8 @@ def headline(run: Run) -> Section:
     delta = f"at delta = {run.delta:g}" if run.epsilon is not None and run.delta is not None else ""
     entries.append(("Epsilon", epsilon_text(run.epsilon), delta or ("" if run.epsilon is not None else "no guarantee")))
     entries.append(("Time", duration(run.seconds), counted(len(run.rounds), "round")))
+    if run.virtual_seconds is not None:
+        entries.append(("Virtual time", duration(run.virtual_seconds), "of the simulated devices"))
     return Section(title="In short", body=tiles(entries), wide=True)
 
 
@@ -301,6 +311,35 @@ def cost_section(run: Run) -> Section | None:
         height=300,
     )
     return Section(title="Accuracy against bytes", body=figure(chart)) if chart else None
+
+
+def virtual_section(run: Run) -> Section | None:
+    """Accuracy against the time that the devices would have taken."""
+    if run.virtual_seconds is None:
+        return None
+    unit, size = time_unit(run.virtual_seconds)
+
+    def points(get: Callable[[Round], float | None]) -> list[tuple[float, float | None]]:
+        return [((row.virtual_seconds or 0.0) / size, get(row)) for row in run.rounds]
+
+    chart = svg.line_chart(
+        f"Accuracy against virtual {unit}",
+        f"Accuracy against the time of the simulated devices; {duration(run.virtual_seconds)} at the end.",
+        [
+            svg.Line(name="student", points=points(lambda r: r.student_accuracy), colour=STUDENT, width=3),
+            svg.Line(name="devices, mean", points=points(lambda r: r.clients_mean), colour=CLIENTS, dash=1),
+        ],
+        x_label=f"virtual {unit}",
+        x_format=svg.plain,
+        x_whole=False,
+        width=svg.HALF,
+        height=300,
+    )
+    stale = [row.staleness for row in run.rounds if row.staleness is not None]
+    caption = f"{duration(run.virtual_seconds / max(len(run.rounds), 1))} per round"
+    if any(stale):
+        caption += f"; answers used came {mean(stale):.2f} rounds late on average, at most {max(stale):.2f} in a round"
+    return Section(title=f"Accuracy against virtual {unit}", body=figure(chart, f"{caption}.")) if chart else None
 
 
 def bytes_section(run: Run) -> Section | None:
@@ -609,6 +648,7 @@ RUN_SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     limits_section,
     accuracy_section,
     cost_section,
+    virtual_section,
     bytes_section,
     devices_section,
     partition_section,
@@ -759,6 +799,31 @@ def sweep_cost(sweep: Sweep) -> Section | None:
     return Section(title="Accuracy against bytes", body=figure(chart, caption), wide=True) if chart else None
 
 
+def sweep_virtual(sweep: Sweep) -> Section | None:
+    """Accuracy against virtual time, one line per run."""
+    ends = [run.virtual_seconds for run in sweep.runs if run.virtual_seconds is not None]
+    if not ends:
+        return None
+    unit, size = time_unit(max(ends))
+    lines = []
+    for at, group in enumerate(group_seeds(sweep.runs)):
+        best = best_accuracy(group)
+        name = best[0] if best else "student"
+        for place, run in enumerate(group.counted):
+            points = [
+                (row.virtual_seconds / size, row.student_accuracy if name == "student" else row.clients_mean)
+                for row in run.rounds
+                if row.virtual_seconds is not None
+            ]
+            lines.append(
+                svg.Line(name=group.label, points=points, colour=at, dash=at % 4, width=1.8, legend=place == 0)
+            )
+    title = f"Accuracy against virtual {unit}"
+    text = "One line per run: its student, or the mean of its devices where it has none."
+    chart = svg.line_chart(title, text, lines, x_label=f"virtual {unit}", x_format=svg.plain, x_whole=False)
+    return Section(title=title, body=figure(chart, text), wide=True) if chart else None
+
+
 def sweep_runs(sweep: Sweep) -> Section:
     """Every run by itself, with what went wrong in it."""
     rows = [
@@ -814,6 +879,7 @@ SWEEP_SECTIONS: tuple[Callable[[Sweep], Section | None], ...] = (
     sweep_student,
     sweep_clients,
     sweep_cost,
+    sweep_virtual,
     sweep_runs,
     _of_first(partition_section),
     _of_first(configuration_section),

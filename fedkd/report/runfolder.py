@@ -144,8 +144,11 @@ class Round:
     bytes_down: int
     epsilon: float | None  # None is infinity
     seconds: float
+    virtual_seconds: float | None  # the clock when the round was closed; None without virtual time
+    staleness: float | None  # mean over the answers used
+    in_flight: int
     loss: Mapping[str, float | None]
-    raw: Mapping[str, Any] = field(repr=False, compare=False)  # later columns (virtual hours, ...) are found here
+    raw: Mapping[str, Any] = field(repr=False, compare=False)  # later columns are found here
 
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> Self:
@@ -174,6 +177,9 @@ class Round:
             bytes_down=_count(row.get("bytes_down")),
             epsilon=_number(row.get("epsilon")),
             seconds=_number(row.get("seconds")) or 0.0,
+            virtual_seconds=_number(row.get("virtual_seconds")),
+            staleness=_number(row.get("staleness")),
+            in_flight=_count(row.get("in_flight")),
             loss={key: _number(value) for key, value in _table(row.get("loss")).items()},
             raw=row,
         )
@@ -287,6 +293,7 @@ class Run:
     bytes_down_per_device: float | None  # with the proxy set
     epsilon: float | None
     delta: float | None
+    virtual_seconds: float | None  # None without virtual time
     seconds: float
     versions: Mapping[str, str]
     git_revision: str | None
@@ -347,6 +354,8 @@ class Run:
             bytes_down_per_device=_per_device(summary.get("bytes_down_per_device"), bytes_down + bytes_proxy, clients),
             epsilon=_number(summary["epsilon"] if "epsilon" in summary else rounds[-1].epsilon if rounds else None),
             delta=_number(summary.get("delta")),
+            virtual_seconds=_number(summary.get("virtual_seconds"))
+            or next((row.virtual_seconds for row in reversed(rounds) if row.virtual_seconds is not None), None),
             seconds=_number(summary.get("seconds")) or math.fsum(row.seconds for row in rounds),
             versions={key: str(value) for key, value in _table(summary.get("versions")).items()},
             git_revision=None if summary.get("git_revision") is None else str(summary["git_revision"]),
@@ -704,6 +713,7 @@ def summarise_sweep(sweep: Sweep | str | Path) -> dict[str, Any]:
                 "bytes_down_per_device": group.average("bytes_down_per_device"),
                 "epsilon": group.epsilon,
                 "seconds": group.average("seconds"),
+                "virtual_seconds": group.average("virtual_seconds"),
             }
         )
     return {"schema": SCHEMA, "name": sweep.name, "points": points, "missing": list(sweep.missing)}
