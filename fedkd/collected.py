@@ -43,7 +43,7 @@ class Collected:
                 file = tempfile.TemporaryFile(prefix="fedkd-answers-")  # noqa: SIM115 - lives as long as the answers
                 self._files[form.text] = (form, RowFile(file, form.bytes, "a temporary file of answers"), 0)
             form, rows, count = self._files[form.text]
-            rows.write(count, form.pack(tensors))
+            rows.write(count, form.pack([tensors]))
             self._files[form.text] = (form, rows, count + 1)
             self._away[client] = (form.text, count)
             answer = replace(answer, payload=Nothing())

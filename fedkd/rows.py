@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,7 +44,6 @@ class Form:
             end += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         self.bytes = max(end, ALIGNMENT_BYTES)
         self.text = json.dumps([[[n, k, list(s)] for n, (k, s) in tensors.items()], rest])
-        self._buffer: Tensor | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], rest: Any = None) -> Form:
@@ -64,14 +63,14 @@ class Form:
         except (ValueError, TypeError) as cause:
             raise StorageError(f"the layout of device files cannot be read: {cause}") from cause
 
-    def pack(self, tensors: Mapping[str, Tensor]) -> memoryview:
-        """Return the row of ``tensors``. The memory is used again for the next row."""
-        if self._buffer is None:
-            self._buffer = torch.zeros(self.bytes, dtype=torch.uint8)
+    def pack(self, many: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Return the rows of several sets of tensors, uint8 [K, bytes]."""
+        rows = torch.zeros(len(many), self.bytes, dtype=torch.uint8)
         for name, (_, _, start, size) in self._places.items():
             if size:
-                self._buffer[start : start + size] = tensors[name].detach().contiguous().view(-1).view(torch.uint8)
-        return self._buffer.numpy().data
+                stacked = torch.stack([tensors[name].detach() for tensors in many])
+                rows[:, start : start + size] = stacked.view(len(many), -1).view(torch.uint8)
+        return rows
 
     def unpack(self, row: Tensor) -> dict[str, Tensor]:
         """Return the tensors that lie in ``row`` uint8 [bytes]; they share its memory."""
@@ -102,13 +101,13 @@ class RowFile:
             raise StorageError(f"cannot open {path}: {cause.strerror or cause}") from cause
         return cls(os.fdopen(handle, "r+b", buffering=0), row_bytes, str(path))
 
-    def write(self, place: int, row: memoryview) -> None:
-        """Put ``row`` at ``place``.
+    def write(self, place: int, rows: Tensor) -> None:
+        """Put ``rows`` uint8 [K, row_bytes] at ``place`` and the places after it.
 
         Raises:
             StorageError: the disk is full or read-only.
         """
-        at, left = place * self.row_bytes, row
+        at, left = place * self.row_bytes, memoryview(rows.view(-1).numpy().data)
         try:
             while left:
                 done = os.pwrite(self._file.fileno(), left, at)

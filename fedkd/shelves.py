@@ -12,10 +12,10 @@ import hashlib
 import json
 import zlib
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ from fedkd.storage import StorageError, pack_tensors, sync_folder, unpack_tensor
 from fedkd.store import Kept, Store, flatten, read_metadata, unflatten
 
 TABLE = "devices.safetensors"
+BATCH_BYTES = 32 * 2**20
+"""States that are put together before they are written."""
+
+_Item = tuple[int, Mapping[str, Tensor], Mapping[str, Any]]
+"""A device, its tensors and the rest of its state (see :func:`fedkd.store.flatten`)."""
 
 
 class Place(NamedTuple):
@@ -41,7 +46,7 @@ class _Shelf:
     form: Form
     rows: RowFile
     slots: int = 0
-    free: list[int] | None = None
+    free: list[int] = field(default_factory=list)
     written: bool = False
 
     def take(self) -> int:
@@ -75,6 +80,7 @@ class ShelfStore(Store):
         self._places: dict[int, Place] = {}
         self._fresh: set[int] = set()
         self._shelves: dict[str, _Shelf] = {}
+        self._names: dict[Hashable, str] = {}
         self._kept: deque[dict[int, Place]] = deque(maxlen=max(1, snapshots))
 
     # ---- devices ----------------------------------------------------------------------------------------------------
@@ -99,7 +105,7 @@ class ShelfStore(Store):
             self._dirty.add(client)
         else:
             self._dirty.discard(client)
-            self._write(client, tensors, kind)
+            self._write([(client, tensors, kind)])
 
     @property
     def file_bytes(self) -> int:
@@ -113,8 +119,15 @@ class ShelfStore(Store):
 
     # ---- snapshots --------------------------------------------------------------------------------------------------
     def snapshot(self) -> Mapping[str, bytes]:
+        batch: list[_Item] = []
+        size = 0
         for client in sorted(self._dirty):
-            self._write(client, *flatten(self._held[client][0]))
+            batch.append((client, *flatten(self._held[client][0])))
+            size += self._held[client][1]
+            if size > BATCH_BYTES:
+                self._write(batch)
+                batch, size = [], 0
+        self._write(batch)
         self._dirty.clear()
         written = [shelf for shelf in self._shelves.values() if shelf.written]
         for shelf in written:
@@ -155,31 +168,50 @@ class ShelfStore(Store):
             self._find_free()
 
     # ---- slots ------------------------------------------------------------------------------------------------------
-    def _write(self, client: int, tensors: Mapping[str, Tensor], kind: dict[str, object]) -> None:
-        rest = {name: value for name, value in kind.items() if name != "sent_round"}
-        name, shelf = self._shelf(Form.of(tensors, rest))
+    def _write(self, items: Sequence[_Item]) -> None:
+        """Put devices into slots, those of one shelf together."""
+        groups: dict[str, list[_Item]] = {}
+        for client, tensors, kind in items:
+            rest = {name: value for name, value in kind.items() if name != "sent_round"}
+            groups.setdefault(self._name(tensors, rest), []).append((client, tensors, kind))
+        for name, members in groups.items():
+            shelf = self._shelves[name]
+            # By slot, so that neighbours are written in one go.
+            placed = sorted((self._slot(client, name), i) for i, (client, _, _) in enumerate(members))
+            rows = shelf.form.pack([members[i][1] for _, i in placed])
+            begin = 0
+            for end in range(1, len(placed) + 1):
+                if end == len(placed) or placed[end][0] != placed[end - 1][0] + 1:
+                    shelf.rows.write(placed[begin][0], rows[begin:end])
+                    begin = end
+            shelf.written = True
+            for row, (slot, i) in zip(rows.numpy(), placed, strict=True):
+                client, _, kind = members[i]
+                self._fresh.add(client)
+                self._places[client] = Place(name, slot, zlib.crc32(row.data), int(kind["sent_round"]))
+
+    def _slot(self, client: int, name: str) -> int:
+        """Return the slot on shelf ``name`` for a device's new state: its own, unless a snapshot needs that."""
         before = self._places.get(client)
-        slot = None
         if before is not None and client in self._fresh:
             if before.shelf == name:
-                slot = before.slot
-            else:
-                free = self._shelves[before.shelf].free
-                assert free is not None
-                free.append(before.slot)
-        if slot is None:
-            slot = shelf.take()
-        row = shelf.form.pack(tensors)
-        shelf.rows.write(slot, row)
-        shelf.written = True
-        self._fresh.add(client)
-        self._places[client] = Place(name, slot, zlib.crc32(row), int(str(kind["sent_round"])))
+                return before.slot
+            self._shelves[before.shelf].free.append(before.slot)
+            self._fresh.discard(client)
+        return self._shelves[name].take()
+
+    def _name(self, tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> str:
+        """Return the name of the shelf for tensors like these."""
+        layout = (*((name, t.dtype, t.shape) for name, t in tensors.items()), repr(rest))
+        if layout not in self._names:
+            self._names[layout] = self._shelf(Form.of(tensors, rest))[0]
+        return self._names[layout]
 
     def _shelf(self, form: Form) -> tuple[str, _Shelf]:
         name = hashlib.sha256(form.text.encode()).hexdigest()[:16]
         if name not in self._shelves:
             rows = RowFile.open(self.folder / f"{name}.rows", form.bytes)
-            self._shelves[name] = _Shelf(form, rows, free=[])
+            self._shelves[name] = _Shelf(form, rows)
         return name, self._shelves[name]
 
     def _find_free(self) -> None:
