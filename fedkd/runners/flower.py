@@ -417,8 +417,10 @@ def _orderly_end(stop: threading.Event) -> Iterator[None]:
         stop.set()
         if backend.pool is not None and ray.is_initialized():
             working: dict[Any, Any] = backend.pool._future_to_actor
-            for actor in list(working.values()):
+            # Idle ones too: asked to leave, as Flower asks them, they look to Ray as if they had failed, which it tells.
+            for actor in [*working.values(), *backend.pool.pool]:
                 ray.kill(actor)
+            backend.pool.pool.clear()
             end = time.monotonic() + MAX_END_SECONDS
             while working and time.monotonic() < end:
                 time.sleep(0.02)

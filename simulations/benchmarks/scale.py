@@ -42,7 +42,7 @@ BASE: dict[str, Any] = {
     "training": {"epochs": 1, "batch_size": 32},
     "digest": {"epochs": 1, "batch_size": 32},
     "server": {"epochs": 5, "batch_size": 50},
-    "evaluation": {"every": 5, "local_only": False},
+    "evaluation": {"every": 5, "local_only": False, "clients_sample": 50},
     "runner": {"kind": "stacked", "threads": 1},
 }
 
@@ -66,17 +66,18 @@ def growth(words: argparse.Namespace) -> dict[str, Any]:
         for count, found in passes.items():
             experiment = _with(words, words.models[0], count, count * RECORDS_PER_DEVICE)
             # Enough rounds to last a while; the first warms up and does not count.
-            experiment |= {"rounds": 1 + max(2, min(20, words.device_rounds // count))}
+            experiment["rounds"] = 1 + max(1, min(20, words.device_rounds // count))
             experiment["server"] = {"epochs": 0}
-            experiment["evaluation"] = {"every": 1000, "local_only": False}
+            experiment["evaluation"] |= {"every": 1000, "clients_sample": 1}
             found.append(measure(experiment, words))
             print(_line(found[-1]), flush=True)
-    cost = {count: statistics.median(r["ms_per_device_round"] for r in found) for count, found in passes.items()}
-    least = cost[min(cost)]
-    return {
-        "model": words.models[0],
-        "ms_per_device_round": {str(count): value for count, value in cost.items()},
-        "ratio": {str(count): value / least for count, value in cost.items()},
+    least = min(passes)
+    result: dict[str, Any] = {"model": words.models[0]}
+    for name in ("ms_per_device_round", "cpu_ms_per_device_round"):
+        cost = {count: statistics.median(r[name] for r in found) for count, found in passes.items()}
+        result[name] = {str(count): value for count, value in cost.items()}
+        result[f"{name}_ratio"] = {str(count): value / cost[least] for count, value in cost.items()}
+    return result | {
         "peak_gib": {str(c): max(r["peak_gib"] for r in found) for c, found in passes.items()},
         "passes": {str(count): found for count, found in passes.items()},
     }
@@ -125,19 +126,24 @@ def row(order: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(order["folder"]) / "run"
     began = time.perf_counter()
     ends: list[float] = []
+    busy: list[float] = []
     sizes: list[int] = []
 
     def watch(record: Mapping[str, Any], rounds: int) -> None:
         ends.append(time.perf_counter())
+        busy.append(time.process_time())
         sizes.append(sum(path.stat().st_blocks * 512 for path in (folder / "states").glob("*")))
 
     summary = simulate.start(experiment, folder, watch).summary
     whole = time.perf_counter() - began
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     # From the end of a round to that of the next: checkpoints and all.
-    taken = [later - earlier for earlier, later in itertools.pairwise(ends)]
     worked = [r["asked"] for r in rounds]
-    each = [1000 * seconds / count for seconds, count in zip(taken, worked[1:], strict=True)]
+
+    def each(clock: list[float]) -> float:
+        taken = [later - earlier for earlier, later in itertools.pairwise(clock)]
+        return statistics.median(1000 * seconds / count for seconds, count in zip(taken, worked[1:], strict=True))
+
     return {
         "model": experiment.models.student,
         "clients": experiment.partition.clients,
@@ -146,7 +152,8 @@ def row(order: Mapping[str, Any]) -> dict[str, Any]:
         "device_rounds": sum(worked),
         "seconds": whole,
         "seconds_to_first_round_end": ends[0] - began,
-        "ms_per_device_round": statistics.median(each),
+        "ms_per_device_round": each(ends),
+        "cpu_ms_per_device_round": each(busy),
         "peak_gib": _peak_bytes() / GIB,
         "disk_gib": max(sizes) / GIB,
         "mb_up": sum(r["bytes_up"] for r in rounds) / MB,
@@ -170,7 +177,8 @@ def _peak_bytes() -> int:
 def _line(found: Mapping[str, Any]) -> str:
     return (
         f"{found['model']}: {found['clients']} devices, {found['participation']:.0%} of them, {found['rounds']} rounds: "
-        f"{found['seconds']:.0f} s, {found['ms_per_device_round']:.2f} ms per device-round, peak {found['peak_gib']:.2f} GiB"
+        f"{found['seconds']:.0f} s, {found['ms_per_device_round']:.2f} ms per device-round "
+        f"({found['cpu_ms_per_device_round']:.2f} of CPU), peak {found['peak_gib']:.2f} GiB"
     )
 
 
@@ -192,10 +200,13 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     if result.get("growth"):
         growth = result["growth"]
         table = Table(title=f"Cost of a device as their number grows ({growth['model']}, medians)")
-        for name in ("devices", "ms / device-round", "ratio", "peak GiB"):
+        for name in ("devices", "ms / device-round", "ratio", "CPU ms / device-round", "ratio", "peak GiB"):
             table.add_column(name, justify="right")
-        for count, cost in growth["ms_per_device_round"].items():
-            table.add_row(count, f"{cost:.2f}", f"{growth['ratio'][count]:.2f}", f"{growth['peak_gib'][count]:.2f}")
+        for count in growth["peak_gib"]:
+            cells = [count]
+            for name in ("ms_per_device_round", "cpu_ms_per_device_round"):
+                cells += [f"{growth[name][count]:.2f}", f"{growth[f'{name}_ratio'][count]:.2f}"]
+            table.add_row(*cells, f"{growth['peak_gib'][count]:.2f}")
         made.append(table)
     return made
 
