@@ -135,8 +135,15 @@ def _train(site: Site, engine: Engine, turns: Sequence[Turn]) -> None:
     """Run the phases; devices whose plans are equal in outline go through them side by side."""
     plans: dict[tuple[str, ...], list[Turn]] = {}
     phases: dict[tuple[str, ...], tuple[Phase, ...]] = {}
+    known: dict[int, tuple[Phase, ...]] = {}
     for turn in turns:
-        plan = site.method.plan(turn.task.heard)
+        heard = turn.task.heard
+        # Devices without a memory that share a message have heard the same.
+        plan = known.get(id(heard.knowledge)) if not heard.memory else None
+        if plan is None:
+            plan = site.method.plan(heard)
+            if not heard.memory:
+                known[id(heard.knowledge)] = plan
         outline = tuple(f"{p.name}/{p.data}/{p.settings}/{'+'.join(p.trains)}" for p in plan)
         plans.setdefault(outline, []).append(turn)
         phases[outline] = plan

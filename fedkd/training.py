@@ -43,6 +43,8 @@ def schedule(records: int, settings: TrainingConfig, rng: np.random.Generator) -
     if wanted == 0:
         return Schedule(np.zeros((0, batch), np.int64), np.zeros(0, np.int64))
     epochs = math.ceil(wanted / per_epoch)
+    if epochs == 1 and records == batch * wanted:
+        return Schedule(rng.permutation(records).reshape(-1, batch), np.full(wanted, batch, np.int64))
     index = np.zeros((epochs, per_epoch * batch), np.int64)
     for e in range(epochs):
         index[e, :records] = rng.permutation(records)

@@ -12,7 +12,7 @@ the whole stretch of training, device by device, without a word of Python in bet
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fedkd.algorithms.base import Batch, Card, DeviceState, Heard, Phase, View
-from fedkd.engines.base import Engine, SerialEngine, Task, flat, nested, padded, set_mode, split_trainable
+from fedkd.engines.base import Engine, SerialEngine, Task, nested, padded, set_mode, split_trainable
 from fedkd.experiment import TrainingConfig
 from fedkd.kernels.build import Library, library
 from fedkd.kernels.jobs import CHUNK, agreeing, train
@@ -69,27 +69,30 @@ class StackedEngine(Engine):
         for task in tasks:
             data = self.records(phase, task)
             if data is not None and len(data):
-                work.append((task, data, self.deal(phase, task, len(data))))
-        work = [w for w in work if w[2].steps]
+                plan = self.deal(phase, task, len(data))
+                if plan.steps:
+                    work.append((task, data, plan))
         if not work:
             return
         work.sort(key=lambda w: -w[2].steps)
         tasks, datas, plans = [w[0] for w in work], [w[1] for w in work], [w[2] for w in work]
         count, steps = len(tasks), plans[0].steps
-        width = max(plan.index.shape[1] for plan in plans)
         length = np.array([plan.steps for plan in plans])
-        sizes = np.zeros((count, steps), np.int64)
-        positions = np.zeros((count, steps, width), np.int64)
+        if len({plan.index.shape for plan in plans}) == 1:
+            sizes, positions = np.stack([p.sizes for p in plans]), np.stack([p.index for p in plans])
+        else:
+            sizes = np.zeros((count, steps), np.int64)
+            positions = np.zeros((count, steps, max(plan.index.shape[1] for plan in plans)), np.int64)
+            for k, plan in enumerate(plans):
+                sizes[k, : plan.steps] = plan.sizes
+                positions[k, : plan.steps, : plan.index.shape[1]] = plan.index
         rate = np.zeros((count, steps))
-        for k, plan in enumerate(plans):
-            sizes[k, : plan.steps] = plan.sizes
-            positions[k, : plan.steps, : plan.index.shape[1]] = plan.index
         for some in np.unique(length):
             # A block has heard of one round.
             rate[length == some, :some] = rates(settings, int(some), tasks[0].heard.round)
 
         architectures = self.site.architectures_of(tasks[0].card)
-        stacked = _stack([flat(task.state.models, list(task.state.models)) for task in tasks])
+        stacked = _stack_models([task.state.models for task in tasks])
         params, rest = split_trainable(stacked, architectures, phase.trains)
         optimizer = Optimizer(settings.optimizer)
         stored = [task.state.optimizers.get(phase.name) for task in tasks]
@@ -100,11 +103,11 @@ class StackedEngine(Engine):
         if total is None:
             total = self._stepwise(stretch, architectures)
 
-        final = _apart({**params, **rest}, count)
+        final = _apart_models({**params, **rest}, count)
         kept = _apart(state, count) if settings.optimizer.persist else None
         for k, (task, mean) in enumerate(zip(tasks, (total.numpy() / length).tolist(), strict=True)):
             optimizers = task.state.optimizers if kept is None else {**task.state.optimizers, phase.name: kept[k]}
-            task.state = replace(task.state, models=nested(final[k]), optimizers=optimizers)
+            task.state = replace(task.state, models=final[k], optimizers=optimizers)
             task.losses[phase.name] = mean
 
     def _compiled(self, work: _Stretch) -> Tensor | None:
@@ -134,7 +137,8 @@ class StackedEngine(Engine):
             positions = positions[:1]
             index = work.datas[0].index.numpy()[positions]
         else:
-            index = np.stack([d.index.numpy()[p] for d, p in zip(work.datas, positions, strict=True)])
+            starts = np.cumsum([0, *(len(d) for d in work.datas[:-1])])
+            index = torch.cat([d.index for d in work.datas]).numpy()[positions + starts[:, None, None]]
         labels = None if pool.y is None else pool.y.numpy()[index]
         inputs = pool.floats
         if inputs is None:
@@ -250,7 +254,7 @@ class StackedEngine(Engine):
             if len(tasks) > room:
                 return [p for i in range(0, len(tasks), room) for p in self._answer(tasks[i : i + room])]
         architectures = self.site.architectures_of(tasks[0].card)
-        stacked = _stack([flat(task.state.models, list(task.state.models)) for task in tasks])
+        stacked = _stack_models([task.state.models for task in tasks])
         own: dict[str, Any] = {}
         if self.method.reads_private:
             sizes = np.array([len(task.private) for task in tasks])
@@ -282,7 +286,9 @@ class StackedEngine(Engine):
             return make(given[0], rest.pop(0) if own else {}, rest.pop(0) if heard else {})
 
         out = vmap(call)(*arguments)
-        return [rebuild(outline(kinds[0]), {name: v[k] for name, v in out.items()}) for k in range(len(tasks))]
+        kind, names = outline(kinds[0]), list(out)
+        parts = zip(*(v.unbind() for v in out.values()), strict=True) if out else (() for _ in tasks)
+        return [rebuild(kind, dict(zip(names, values, strict=True))) for values in parts]
 
     @torch.no_grad()
     def scores(self, cards: Sequence[Card], states: Sequence[DeviceState], x: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -313,7 +319,7 @@ class StackedEngine(Engine):
     def _scores(self, cards: list[Card], states: list[DeviceState], x: Tensor) -> Tensor:
         architectures = self.site.architectures_of(cards[0])
         set_mode(architectures, False)
-        stacked = _stack([flat(s.models, list(s.models)) for s in states])
+        stacked = _stack_models([s.models for s in states])
         memory = _stack([dict(s.memory) for s in states])
         chunk = max(32, 4096 // len(cards))
         programs = self._programs(cards[0])
@@ -480,12 +486,34 @@ def _stack(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
+def _stack_models(models: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Stack the devices' models, as ``role/name``."""
+    return {
+        f"{role}/{name}": torch.stack([m[role][name] for m in models])
+        for role, tensors in models[0].items()
+        for name in tensors
+    }
+
+
+def _apart_models(stack: dict[str, Tensor], count: int) -> list[dict[str, dict[str, Tensor]]]:
+    """Undo :func:`_stack_models`."""
+    models: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(count)]
+    for role, tensors in nested(stack).items():
+        for model, mine in zip(models, _apart(tensors, count), strict=True):
+            model[role] = mine
+    return models
+
+
 def _apart(stack: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     """Undo :func:`_stack`; every device gets tensors of its own, since a view would keep the whole stack alive."""
     parts: dict[str, Any] = {name: torch.unbind_copy(t) for name, t in stack.items()}  # type: ignore[func-returns-value]
-    return [{name: t[k] for name, t in parts.items()} for k in range(count)]
+    if not parts:
+        return [{} for _ in range(count)]
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 def _signature(tensors: Any) -> Hashable:
+    if not tensors:
+        return ()
     # Sorted, because a restored state lists its tensors in another order.
     return tuple(sorted((name, tuple(t.shape)) for name, t in tensors.items()))
