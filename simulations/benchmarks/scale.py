@@ -30,7 +30,7 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 GIB, MB = 2**30, 1e6
-RECORDS_PER_DEVICE = 6  # 59,000 records over 10,000 devices
+RECORDS_PER_DEVICE = 5  # so that there are enough for 10,000 devices beside the proxy set
 
 BASE: dict[str, Any] = {
     "name": "scale",
