@@ -167,6 +167,7 @@ class RunnerConfig(Section):
     ray_address: str | None = Field(
         None, description="flower: a Ray cluster to join, `auto` or host:port; null starts Ray on this machine."
     )
+    device: Literal["cpu", "cuda", "auto"] = Field("cpu", description="stacked: what computes; auto: a GPU, if any.")
     kernels: bool = Field(True, description="stacked: use compiled kernels where they fit; false: torch alone.")
 
 

@@ -179,7 +179,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         area = input[0, 0].numel()
         mask = _SITUATION.mask
         if mask is None or mask.shape[0] != input.shape[0]:
-            n = input.new_tensor(float(input.shape[0] * area))
+            n = torch.tensor(float(input.shape[0] * area), dtype=input.dtype, device=input.device)
             var, mean = torch.var_mean(input, axes, correction=0)
             return mean, var, n
         wide = mask.to(input.dtype).view(-1, *(1,) * (input.dim() - 1))

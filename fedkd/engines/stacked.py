@@ -25,6 +25,7 @@ from torch.func import vmap
 
 from fedkd.algorithms.base import Batch, Card, DeviceState, Heard, Phase, View
 from fedkd.engines.base import Engine, SerialEngine, Task, nested, padded, set_mode, split_trainable
+from fedkd.errors import ConfigError
 from fedkd.experiment import TrainingConfig
 from fedkd.kernels.build import Library, library
 from fedkd.kernels.jobs import CHUNK, agreeing, train
@@ -45,6 +46,18 @@ BLOCK_BUDGET_BYTES = 64 * 2**20
 """What a stack's weights and one pass's activations may take in the compiled kernels."""
 
 
+def device(wanted: str) -> torch.device:
+    """Return the device that computes: ``auto`` takes a GPU where there is one.
+
+    Raises:
+        ConfigError: ``cuda`` where torch finds none.
+    """
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise ConfigError("runner.device is cuda, but torch finds no GPU here: use cpu or auto")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
 class Fallback(UserWarning):
     """A model or method that cannot be stacked, and is looped instead."""
 
@@ -57,6 +70,7 @@ class StackedEngine(Engine):
         self._serial = SerialEngine(site)
         self._refused: set[Hashable] = set()
         self._read: dict[str, dict[str, Program]] = {}
+        self._device = device(self.experiment.runner.device)
 
     # ---- training ---------------------------------------------------------------------------------------------------
     def train(self, phase: Phase, tasks: Sequence[Task]) -> None:
@@ -92,12 +106,12 @@ class StackedEngine(Engine):
             rate[length == some, :some] = rates(settings, int(some), tasks[0].heard.round)
 
         architectures = self.site.architectures_of(tasks[0].card)
-        stacked = _stack_models([task.state.models for task in tasks])
+        stacked = self._moved(_stack_models([task.state.models for task in tasks]))
         params, rest = split_trainable(stacked, architectures, phase.trains)
         optimizer = Optimizer(settings.optimizer)
         stored = [task.state.optimizers.get(phase.name) for task in tasks]
-        fresh = optimizer.initial({k: v[0] for k, v in params.items()})
-        state = _stack([dict(s) if s is not None else fresh for s in stored])
+        fresh = optimizer.initial({k: torch.empty(v.shape[1:], dtype=v.dtype) for k, v in params.items()})
+        state = self._moved(_stack([dict(s) if s is not None else fresh for s in stored]))
         stretch = _Stretch(phase, tasks, datas, settings, positions, sizes, length, rate, params, rest, state)
         total = self._compiled(stretch)
         if total is None:
@@ -105,7 +119,7 @@ class StackedEngine(Engine):
 
         final = _apart_models({**params, **rest}, count)
         kept = _apart(state, count) if settings.optimizer.persist else None
-        for k, (task, mean) in enumerate(zip(tasks, (total.numpy() / length).tolist(), strict=True)):
+        for k, (task, mean) in enumerate(zip(tasks, (total.cpu().numpy() / length).tolist(), strict=True)):
             optimizers = task.state.optimizers if kept is None else {**task.state.optimizers, phase.name: kept[k]}
             task.state = replace(task.state, models=final[k], optimizers=optimizers)
             task.losses[phase.name] = mean
@@ -188,8 +202,8 @@ class StackedEngine(Engine):
         streams = [self.dropout_stream(phase, task) for task in tasks]
         gather = _Gather(datas, positions, shared=phase.data != "private")
         augment = self.augmenter(phase, tasks)
-        heard, shared_heard = _hear(tasks)
-        total = torch.zeros(count, dtype=self.site.dtype)
+        heard, shared_heard = _hear(tasks, self._device)
+        total = torch.zeros(count, dtype=self.site.dtype, device=self._device)
 
         set_mode(architectures, True)
         for t in range(steps):
@@ -205,6 +219,7 @@ class StackedEngine(Engine):
                 batched["weight"] = mask.to(self.site.dtype) / torch.from_numpy(size).to(self.site.dtype)[:, None]
             else:
                 batch["weight"] = torch.full((wide,), 1 / wide, dtype=self.site.dtype)
+            batch, batched = self._moved(batch), self._moved(batched)
             sizes_now = size.tolist()
             live = {k: v[:active].detach().requires_grad_(True) for k, v in params.items()}
             still = {k: v[:active] for k, v in rest.items()}
@@ -226,7 +241,7 @@ class StackedEngine(Engine):
             grads = torch.autograd.grad(values.sum(), list(live.values()), materialize_grads=True)
             with torch.no_grad():
                 same = (rate[:active, t] == rate[0, t]).all()
-                step_rate = float(rate[0, t]) if same else torch.from_numpy(rate[:active, t]).to(self.site.dtype)
+                step_rate = float(rate[0, t]) if same else torch.from_numpy(rate[:active, t]).to(total)
                 optimizer.step(
                     {k: v[:active] for k, v in params.items()},
                     grads,
@@ -254,7 +269,7 @@ class StackedEngine(Engine):
             if len(tasks) > room:
                 return [p for i in range(0, len(tasks), room) for p in self._answer(tasks[i : i + room])]
         architectures = self.site.architectures_of(tasks[0].card)
-        stacked = _stack_models([task.state.models for task in tasks])
+        stacked = self._moved(_stack_models([task.state.models for task in tasks]))
         own: dict[str, Any] = {}
         if self.method.reads_private:
             sizes = np.array([len(task.private) for task in tasks])
@@ -265,8 +280,9 @@ class StackedEngine(Engine):
             mask = torch.from_numpy(np.arange(width) < sizes[:, None]).to(self.site.dtype)
             own["weight"] = mask / mask.sum(1, keepdim=True).clamp(min=1)
         programs = self._programs(tasks[0].card)
-        public = None if tasks[0].ask is None else tasks[0].ask.all()[0]
-        heard, shared_heard = _hear(tasks)
+        public = None if tasks[0].ask is None else tasks[0].ask.all()[0].to(self._device)
+        own = self._moved(own)
+        heard, shared_heard = _hear(tasks, self._device)
         kinds: list[Payload] = []
         chunk = max(32, 4096 // len(tasks))
         set_mode(architectures, False)
@@ -287,7 +303,7 @@ class StackedEngine(Engine):
 
         out = vmap(call)(*arguments)
         kind, names = outline(kinds[0]), list(out)
-        parts = zip(*(v.unbind() for v in out.values()), strict=True) if out else (() for _ in tasks)
+        parts = zip(*(v.cpu().unbind() for v in out.values()), strict=True) if out else (() for _ in tasks)
         return [rebuild(kind, dict(zip(names, values, strict=True))) for values in parts]
 
     @torch.no_grad()
@@ -319,8 +335,9 @@ class StackedEngine(Engine):
     def _scores(self, cards: list[Card], states: list[DeviceState], x: Tensor) -> Tensor:
         architectures = self.site.architectures_of(cards[0])
         set_mode(architectures, False)
-        stacked = _stack_models([s.models for s in states])
-        memory = _stack([dict(s.memory) for s in states])
+        stacked = self._moved(_stack_models([s.models for s in states]))
+        memory = self._moved(_stack([dict(s.memory) for s in states]))
+        x = x.to(self._device)
         chunk = max(32, 4096 // len(cards))
         programs = self._programs(cards[0])
 
@@ -329,12 +346,17 @@ class StackedEngine(Engine):
             return self.method.predict(net, x, memory[0] if memory else {})
 
         found: Tensor = vmap(call)(stacked, *([memory] if memory else []))
-        return found
+        return found.cpu()
+
+    def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors on the device that computes; states, records and answers live in main memory."""
+        return {name: t.to(self._device) for name, t in tensors.items()}
 
     # ---- compiled kernels -------------------------------------------------------------------------------------------
     @cached_property
     def _library(self) -> Library | None:
-        return library(self.site.dtype) if self.experiment.runner.kernels else None
+        wanted = self.experiment.runner.kernels and self._device.type == "cpu"
+        return library(self.site.dtype) if wanted else None
 
     def _program(self, architecture: str) -> dict[str, Program]:
         """Return the programs of an architecture that the kernels run as torch does, by method of the model."""
@@ -459,9 +481,10 @@ class _Gather:
         return {}, given
 
 
-def _hear(tasks: Sequence[Task]) -> tuple[dict[str, Tensor], Callable[[dict[str, Any]], Heard]]:
+def _hear(tasks: Sequence[Task], device: torch.device) -> tuple[dict[str, Tensor], Callable[[dict[str, Any]], Heard]]:
     """Return what differs from device to device of the things heard [K, ...], and how to put the whole together."""
     first = tasks[0].heard
+    shared = first.knowledge.map(lambda t: t.to(device))
     stacked: dict[str, Tensor] = {}
     common = all(task.heard.knowledge is first.knowledge for task in tasks)
     if not common:
@@ -469,13 +492,13 @@ def _hear(tasks: Sequence[Task]) -> tuple[dict[str, Tensor], Callable[[dict[str,
     stacked |= {f"m/{n}": t for n, t in _stack([dict(task.heard.memory) for task in tasks]).items()}
 
     def put(told: dict[str, Any]) -> Heard:
-        knowledge = first.knowledge
+        knowledge = shared
         if not common:
             knowledge = rebuild(outline(knowledge), {k[2:]: v for k, v in told.items() if k.startswith("k/")})
         memory = {k[2:]: v for k, v in told.items() if k.startswith("m/")}
         return Heard(knowledge=knowledge, memory=memory, round=first.round)
 
-    return stacked, put
+    return {n: t.to(device) for n, t in stacked.items()}, put
 
 
 def _without(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
