@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -170,3 +171,19 @@ def _show(status: dict[str, Any]) -> None:
     for run in status["runs"]:
         accuracy = "-" if run["student_accuracy"] is None else f"{100 * run['student_accuracy']:.1f} %"
         out.print(f"run {run['name']}: {run['rounds']} rounds, student {accuracy}, {run['quarantined']} quarantined")
+
+
+def doctor(kit: Annotated[Path, typer.Argument(help="A server's or a client's kit.")]) -> None:
+    """Look for what would go wrong on this machine: problem | how to fix. Exit code 1 if there is a problem."""
+    from fedkd.deploy.doctor import diagnose
+
+    findings = diagnose(kit)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("", "check", "found", "how to fix"):
+        table.add_column(title, overflow="fold")
+    mark = {"ok": "ok", "warning": "note", "problem": "PROBLEM"}
+    for finding in sorted(findings, key=lambda f: ["problem", "warning", "ok"].index(f.level)):
+        table.add_row(mark[finding.level], finding.check, escape(finding.said), escape(finding.fix))
+    out.print(table)
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(1)

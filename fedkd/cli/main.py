@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedkd.cli.deploy import provision_app, server_app
+from fedkd.cli.deploy import doctor, provision_app, server_app
 from fedkd.cli.privacy import app as privacy_app
 from fedkd.cli.privacy import epsilon_line
 from fedkd.errors import FedkdError
@@ -28,6 +28,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(provision_app, name="provision")
 app.add_typer(server_app, name="server")
+app.command()(doctor)
 
 out = Console() if sys.stdout.isatty() else Console(width=140)
 err = Console(stderr=True)

@@ -157,7 +157,7 @@ class Supervisor:
         """Match SuperLink's nodes to clients.yaml, after each start of SuperLink and each change of the file."""
         if self._healthy is None:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             stamp = (self._healthy, self.kit.path("clients.yaml").stat().st_mtime_ns)
             if stamp == self._enrolled:
                 return
