@@ -584,9 +584,30 @@ def test_a_flight_is_saved_whole() -> None:
     assert math.isclose(back[7].at, 5.0)
 
 
-def test_the_local_baseline_beside_a_run_in_virtual_time_is_plain(tmp_path: Path) -> None:
+def test_the_local_baseline_beside_a_run_in_virtual_time_is_plain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedkd.cli.main import _tell
+
     summary = simulate.start(disk("fedavg", "asynchronous", evaluation={"local_only": True}), tmp_path / "run").summary
     assert summary["accuracy"]["local_only"] is not None and summary["virtual_seconds"] > 0
+    _tell(summary, tmp_path)
+    assert f"virtual time         {summary['virtual_seconds'] / 3600:.2f} h" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["mnist-async.yaml"])
+def test_the_experiment_and_the_example_trace_are_valid(name: str) -> None:
+    from fedkd.experiment import load
+    from fedkd.virtual.world import World
+
+    folder = Path(__file__).parents[2] / "simulations"
+    ((_, found),) = load(folder / name)
+    assert found.virtual is not None and found.population.buffer == 5
+    virtual = {"trace": str(folder / "traces" / "devices.csv"), "repeat_seconds": 86_400}
+    world = World(validate({"virtual": virtual}).virtual or found.virtual, 1, 5)
+    # phone-a's window before midnight runs on into the one after it.
+    assert world.there(80_000.0)[0] and world.leaves(0) == 86_400 + 21_600
+    assert world.there(80_000.0)[4] and not world.there(80_000.0)[3]
 
 
 def test_site_is_checked_before_records_are_trained() -> None:
