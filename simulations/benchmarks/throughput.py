@@ -599,6 +599,7 @@ class Bench:
             "seconds": time.perf_counter() - began,
             "work": {"records": RECORDS, "proxy": PROXY, "batch": BATCH, "rate": RATE, "steps": STEPS},
             "gemm_gflops": peak,
+            "kernel_compile_seconds": None if self.options.quick else kernel_compile_seconds(self.folder),
             "models": models,
             "devices": crowds,
             "must_show": must_show(models, crowds),
@@ -651,6 +652,17 @@ def make_pfl_env(folder: Path) -> str:
     if missing_pfl(str(python)):
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PFL_NEEDS], check=True)
     return str(python)
+
+
+def kernel_compile_seconds(folder: Path) -> float | None:
+    """Return what compiling fedkd's kernels takes once per machine, into a cache folder of its own; None: no compiler."""
+    ask = "import torch; from fedkd.kernels.build import library as l; f = l(torch.float32); print(f and f.seconds)"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", ask], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=READY_SECONDS
+    )
+    told = (done.stdout.strip().splitlines() or ["None"])[-1]
+    return None if told == "None" else float(told)
 
 
 def machine() -> dict[str, Any]:
@@ -733,6 +745,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
             console.print(f"memory per device: {each / 1024:,.1f} KiB; its weights take {weights / 1024:,.1f} KiB")
     rates = ", ".join(f"{number(v)} on {n} thread{'s' if n != '1' else ''}" for n, v in found["gemm_gflops"].items())
     console.print(f"matrix products: {rates} (GFLOP/s)", highlight=False)
+    if (seconds := found["kernel_compile_seconds"]) is not None:
+        console.print(f"compiling the kernels, once per machine: {seconds:.1f} s", highlight=False)
     for one in found["must_show"]:
         mark = "met" if one["met"] else "NOT met"
         console.print(f"{one['what']}: {number(one['found'])}, goal {one['goal']:g}: {mark}", highlight=False)
