@@ -183,6 +183,8 @@ def _finish(site: Site, store: Store, turn: Turn) -> Reply:
         memory=state.memory,
     )
     received = head.message if site.codec_down.needs_reference else None
+    if turn.card.id in site.attackers:
+        payload = site.experiment.attack.spoil(payload, seed=site.experiment.seed, round=head.round)
     weighs = site.method.weighted and not isinstance(payload, Nothing)
     examples = float(len(task.private)) if weighs else 1.0
     released = site.mechanism.release(payload, turn.party, examples=examples, losses=task.losses)

@@ -13,8 +13,10 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fedkd.aggregators.choice import AggregatorConfig
 from fedkd.algorithms import catalogue
 from fedkd.algorithms.base import Algorithm
+from fedkd.attacks import AttackConfig
 from fedkd.codecs import codec as parse_codec
 from fedkd.data import DataConfig, PartitionConfig, ProxyConfig
 from fedkd.errors import ConfigError
@@ -194,6 +196,8 @@ class Experiment(Section):
     )
     codec: CodecConfig = CodecConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+    aggregator: AggregatorConfig = AggregatorConfig()
+    attack: AttackConfig = AttackConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runner: RunnerConfig = RunnerConfig()
@@ -219,6 +223,9 @@ class Experiment(Section):
                 f"{sorted({*self.models.devices, self.models.student})}. Methods that take several: see `fedkd methods`"
             )
         self.privacy.check(method, self.population)
+        central = self.privacy.kind in ("labels", "votes")
+        self.aggregator.check(method, secure_sum=self.privacy.secure_sum, central=central)
+        self.attack.check(method)
         return self
 
     def _fits_in_time(self) -> None:

@@ -502,8 +502,10 @@ class Rounds:
         try:
             answers = open.accepted if open.sum is None else open.sum.close()
             answers, ask = self.site.mechanism.combine(answers, open.ask, run=self.run, round=open.number)
+            answers, memory = self.experiment.aggregator.combine(answers, progress.state.memory, len(self.site.cards))
         except (NothingReleased, SecureSumError) as cause:
             return str(cause)
+        progress.state = replace(progress.state, memory=memory)
         tools = Tools(self.site, open.number, ask)
         knowledge = self.method.aggregate(answers, progress.state, tools)
         state = replace(progress.state, knowledge=knowledge, asked=ask)

@@ -63,6 +63,7 @@ class Site:
         self._templates: dict[str, Mapping[str, Tensor]] = {}
         self._starts: dict[tuple[str, tuple[str | int, ...]], Mapping[str, Tensor]] = {}
         self.cards = tuple(self._card(k) for k in range(len(parts)))
+        self.attackers = experiment.attack.attackers(len(self.cards), experiment.seed)
         self._check()
         asked = 0 if self.proxy is None else experiment.proxy_per_round or len(self.proxy)
         self.mechanism: Mechanism = build(experiment, clients=len(self.cards), queries=asked, classes=self.classes)
