@@ -19,6 +19,7 @@ from fedkd.algorithms.base import Algorithm
 from fedkd.attacks import AttackConfig
 from fedkd.codecs import codec as parse_codec
 from fedkd.data import DataConfig, PartitionConfig, ProxyConfig
+from fedkd.deploy.config import DeploymentConfig
 from fedkd.errors import ConfigError
 from fedkd.payloads import Nothing
 from fedkd.privacy.config import PrivacyConfig
@@ -108,6 +109,9 @@ class PopulationConfig(Section):
         "work at any time, and whoever is done is replaced at once.",
     )
     staleness: StalenessConfig = StalenessConfig()
+    examples_cap: float = Field(
+        1e6, ge=1, description="Records that an answer is weighted by at most, whatever the device says of its number."
+    )
 
     @property
     def stalest(self) -> float:
@@ -200,6 +204,7 @@ class Experiment(Section):
     attack: AttackConfig = AttackConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
     runner: RunnerConfig = RunnerConfig()
 
     @field_validator("algorithm", mode="before")

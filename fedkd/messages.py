@@ -40,13 +40,18 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What one device answered: the message, or why there is none. ``losses`` is for the simulator's eyes alone."""
+    """What one device answered: the message, or why there is none, in words and by a short code.
+
+    ``losses`` is for the simulator's eyes alone. The reasons ``late`` (no answer before the deadline) and ``offline`` say
+    that nothing came; every other reason is one of quarantine.
+    """
 
     client: int
     round: int
     body: bytes | None
     error: str | None = None
     losses: tuple[tuple[str, float], ...] = ()
+    reason: str = "device"
 
 
 @dataclass(frozen=True)

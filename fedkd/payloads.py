@@ -8,7 +8,6 @@ know beforehand (S) is free up to the receiver's byte cap.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC
 from collections.abc import Iterable, Mapping
@@ -16,11 +15,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd.errors import FedkdError
+from fedkd.envelope import WEIGHT_CAP as WEIGHT_CAP
+from fedkd.envelope import Envelope as Envelope
+from fedkd.envelope import PayloadError as PayloadError
+from fedkd.envelope import ids_hash as ids_hash
 
 Range = Literal["simplex", "real", "weight", "label", "flag", "integer"]
 """simplex: >= 0 and sums to 1 over the last axis; real: finite; weight: finite, >= 0; label: integer in [0,
@@ -29,17 +30,6 @@ C); flag: 0 or 1; integer: any int64, carried exactly (counters among a model's 
 REAL_CAP = 1e6
 """Largest magnitude accepted in a ``real`` field: float16 and softmax survive it, and no honest logit or
 weight nears it."""
-
-WEIGHT_CAP = 1e9
-"""Largest count accepted in a ``weight`` field and in ``Envelope.examples``."""
-
-
-class PayloadError(FedkdError):
-    """A payload broke its contract. ``reason`` is a short code for quarantine records."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -391,48 +381,6 @@ def _check(name: str, value: Tensor, kind: Range, classes: int) -> Tensor:
         exact = 16 * torch.finfo(torch.float32).eps * math.sqrt(value.shape[-1])
         return value if worst <= exact else value / total
     return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Envelope:
-    """What a message says of itself beside its tensors; small, and checked before the tensors are parsed.
-
-    ``proxy`` and ``ids`` are hashes of the proxy set and of the sample indices that the labels belong to
-    (empty where the payload has none). ``examples`` is the maker's count of training records, 1 where counts
-    must not leave.
-    """
-
-    run: str = ""
-    round: int = 0
-    sender: int = -1
-    proxy: str = ""
-    ids: str = ""
-    examples: float = 1.0
-
-    def check_examples(self) -> None:
-        """Raise PayloadError ``examples`` unless the count is finite, above 0 and at most ``WEIGHT_CAP``."""
-        if not 0 < self.examples <= WEIGHT_CAP:  # false for NaN as well
-            raise PayloadError("examples", f"examples: expected above 0 and at most 1e9, got {self.examples:.6g}")
-
-    def check_identity(self, expected: Envelope) -> None:
-        """Raise PayloadError ``sender``, ``run`` or ``round`` where this envelope is not the one expected."""
-        self._compare(expected, ("sender", "run", "round"))
-
-    def check_proxy(self, expected: Envelope) -> None:
-        """Raise PayloadError ``proxy`` or ``ids`` where the labels belong to other samples or another
-        order."""
-        self._compare(expected, ("proxy", "ids"))
-
-    def _compare(self, expected: Envelope, names: tuple[str, ...]) -> None:
-        for name in names:
-            got, want = getattr(self, name), getattr(expected, name)
-            if got != want:
-                raise PayloadError(name, f"{name}: expected {want!r}, got {got!r}")
-
-
-def ids_hash(indices: np.ndarray) -> str:
-    """Return the short hash that ties soft labels to the proxy indices (int64 [N]) and their order."""
-    return hashlib.sha256(np.ascontiguousarray(indices, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def payload_equal(a: Payload, b: Payload) -> bool:

@@ -373,7 +373,12 @@ class Rounds:
         if flight.given_up:
             return
         if reply.body is None:
-            open.refuse(request.client, "device", reply.error or "no answer")
+            if reply.reason == "late":
+                open.late += 1
+            elif reply.reason == "offline":
+                open.dropped += 1
+            else:
+                open.refuse(request.client, reply.reason, reply.error or "no answer")
             return
         try:
             if open.sum is not None:
@@ -478,7 +483,9 @@ class Rounds:
         payload, envelope = codec.decode(body, self.site.contract_up(card, len(ask)), reference, expected=expected)
         if codec.needs_reference:
             progress.answers_kept[client] = (round, payload)
-        answer = Answer(card=card, payload=self.site.widen(payload), examples=envelope.examples)
+        # What a device says of its number of records is its word alone: it buys a bounded weight.
+        examples = min(envelope.examples, self.population.examples_cap)
+        answer = Answer(card=card, payload=self.site.widen(payload), examples=examples)
         if round == open.number:
             return answer
         answer = replace(answer, weight=self.population.staleness.weight(open.number - round))

@@ -113,13 +113,14 @@ def _budget_bytes(experiment: Experiment) -> float:
     return experiment.runner.memory_gib * 2**30
 
 
-def play(site: Site, runner: Runner, folder: Path, watch: Watch | None = None) -> Finished:
+def play(site: Site, runner: Runner, folder: Path, watch: Watch | None = None, *, run: str | None = None) -> Finished:
     """Run the rounds that are left, keep the folder up to date, and write the summary.
 
+    ``run`` is the name that messages carry, by default the folder's.
     Ctrl-C (KeyboardInterrupt) leaves a folder that :func:`resume` goes on with, and is raised again.
     """
     began = time.perf_counter()
-    rounds = Rounds(site, runner, run=folder.name)
+    rounds = Rounds(site, runner, run=run if run is not None else folder.name)
     progress = _restore(site, runner, folder) or rounds.begin()
     _cut_rows(folder, progress.state.round)
     experiment = site.experiment

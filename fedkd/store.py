@@ -77,14 +77,14 @@ class MemoryStore(Store):
 
 
 class FolderStore(Store):
-    """Keeps every device in a folder of its own, one file per round, the last two kept.
+    """Keeps every device in a folder of its own, one file per round, the last ``keep`` of them.
 
-    A round that is asked again, because the server fell back to its last checkpoint, finds the state before it.
+    A round that is asked again, because the server fell back to a checkpoint, finds the state before it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep: int = 2) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.keep = folder, keep
 
     def load(self, client: int, round: int) -> Kept:
         known = [r for r in self._rounds(client) if r < round]
@@ -102,7 +102,7 @@ class FolderStore(Store):
         path = self._path(client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, pack_tensors(tensors, {"kept": json.dumps(kind)}))
-        for old in sorted(self._rounds(client))[:-2]:
+        for old in sorted(self._rounds(client))[: -self.keep]:
             self._path(client, old).unlink(missing_ok=True)
 
     def load_session(self, client: int) -> bytes | None:

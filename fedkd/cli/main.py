@@ -91,7 +91,7 @@ def simulate(
     finally:
         announcer.close()
     if len(finished) == 1:
-        _tell(finished[0].summary, folder)
+        tell(finished[0].summary, folder)
     else:
         from fedkd.report.compare import compare as show
 
@@ -99,7 +99,7 @@ def simulate(
         out.print(f"Sweep: {folder}", highlight=False)
 
 
-def _tell(summary: Mapping[str, Any], folder: Path) -> None:
+def tell(summary: Mapping[str, Any], folder: Path) -> None:
     """Print the few lines that a person wants."""
     accuracy = summary["accuracy"]
 
@@ -202,10 +202,10 @@ def config_show(words: Overrides = None) -> None:
 
 def _register() -> None:
     """Add the commands that live in files of their own."""
-    from fedkd.cli import distill, teacher
+    from fedkd.cli import deploy_client, distill, run, teacher
 
-    distill.register(app)
-    teacher.register(app)
+    for module in (distill, teacher, run, deploy_client):
+        module.register(app)
 
 
 _register()

@@ -20,7 +20,7 @@ import difflib
 from collections.abc import Callable
 from functools import lru_cache
 
-from fedkd.codecs import wire
+from fedkd import wire
 from fedkd.codecs.base import DEFAULT_MAX_BYTES, REASONS, Codec, Coder, Squeezer
 from fedkd.codecs.chain import Chain
 from fedkd.codecs.deflate import Deflate

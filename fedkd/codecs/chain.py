@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from fedkd.codecs import delta, wire
+from fedkd import wire
+from fedkd.codecs import delta
 from fedkd.codecs.base import DEFAULT_MAX_BYTES, Codec, Coder, Squeezer, Stream, Symbols
 from fedkd.codecs.bits import pack, unpack
 from fedkd.codecs.floats import FloatCoder

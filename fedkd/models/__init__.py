@@ -53,7 +53,7 @@ class Architecture:
 
     def __init__(self, name: str, shape: tuple[int, ...], classes: int, dtype: torch.dtype) -> None:
         self.name, self.shape, self.classes, self.dtype = name, shape, classes, dtype
-        self._factory = _resolve(name)
+        self._factory = resolve(name)
         built = self.build(0)
         self.gradients = isinstance(built, nn.Module)
         self.features: int | None = None
@@ -152,7 +152,12 @@ def unstackable(model: nn.Module) -> str | None:
     return None
 
 
-def _resolve(name: str) -> Callable[[tuple[int, ...], int], Any]:
+def resolve(name: str) -> Callable[[tuple[int, ...], int], Any]:
+    """Return the factory ``(shape, classes) -> model`` that a name stands for.
+
+    Raises:
+        ConfigError: there is none.
+    """
     match = _SPEC.match(name.strip())
     if match is None:
         raise ConfigError(f"model {name!r} is not a name, name(option=value) or package.module:Factory")

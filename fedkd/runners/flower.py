@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import os
@@ -47,8 +46,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedkd.privacy.build import open_ledger
 from fedkd.runners.base import Inspection, Runner, inspect
 from fedkd.site import Site
-from fedkd.storage import pack_tensors, write_atomic, write_json
-from fedkd.store import FolderStore, Kept, flatten
+from fedkd.storage import write_atomic, write_json
+from fedkd.store import FolderStore
 from fedkd.virtual.work import work
 
 T = TypeVar("T")
@@ -72,19 +71,9 @@ class Devices(FolderStore):
     """
 
     def __init__(self, run_folder: Path, experiment: Experiment) -> None:
-        super().__init__(run_folder / DEVICES)
-        self.rounds_kept = experiment.checkpoint.every * experiment.checkpoint.keep + 1
-        if experiment.virtual is not None:
-            # The oldest checkpoint may hold a request that was still waiting for its device.
-            self.rounds_kept += 1
-
-    def save(self, client: int, round: int, kept: Kept) -> None:
-        tensors, kind = flatten(kept)
-        path = self._path(client, round)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, pack_tensors(tensors, {"kept": json.dumps(kind)}))
-        for old in sorted(self._rounds(client))[: -self.rounds_kept]:
-            self._path(client, old).unlink(missing_ok=True)
+        keep = experiment.checkpoint.every * experiment.checkpoint.keep + 1
+        # The oldest checkpoint of a run in virtual time may hold a request that was still waiting for its device.
+        super().__init__(run_folder / DEVICES, keep=keep + (experiment.virtual is not None))
 
 
 # ---- the worker -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from fedkd.payloads import Envelope, PayloadError
+from fedkd.envelope import Envelope, PayloadError
 
 MAGIC = b"FKD\x01"
 VERSION = 1

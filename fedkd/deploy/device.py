@@ -1,0 +1,222 @@
+"""What a device does with a request: its own policy first, then the library's procedure, then the outbox.
+
+The lean node and Flower's own SuperNode both end here. Everything lies below the kit's ``state`` folder: the answers and
+models of each run, the proxy sets that came, and one privacy ledger for the device's whole life.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedkd.data import Dataset, ProxySet
+from fedkd.deploy.kit import ClientKit
+from fedkd.deploy.localdata import LocalData, read_local_data
+from fedkd.deploy.mail import Ask, Say
+from fedkd.deploy.outbox import Outbox
+from fedkd.deploy.policy import NodePolicy, read_policy
+from fedkd.errors import ConfigError, DataError, FedkdError
+from fedkd.privacy.policy import PolicyError
+from fedkd.storage import write_atomic
+
+log = logging.getLogger("fedkd.deploy.client.device")
+
+RUN_NAME = re.compile(r"^[A-Za-z0-9][\w.-]{0,127}$")
+RUNS, PROXIES, LEDGER = "runs", "proxies", "privacy/ledger.jsonl"
+ROUNDS_KEPT = 8
+"""A server that falls back to an older checkpoint asks older rounds again, and finds the device as it was then."""
+RUNS_KEPT = 8
+PROXIES_KEPT = 4
+
+
+class Refused(FedkdError):
+    """This device does not answer a request. ``reason`` is a short code that the server is told with the words."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NeedsProxy(FedkdError):
+    """The proxy set that a request is about has not come yet."""
+
+
+class Device:
+    """One party of a real network.
+
+    Raises:
+        ConfigError: the kit's data.yaml or policy.yaml cannot be read. A device without them must not start.
+    """
+
+    def __init__(self, kit: ClientKit) -> None:
+        self.id, self.state = kit.id, kit.state
+        self.policy: NodePolicy = read_policy(kit.path("policy.yaml"))
+        self.local: LocalData = read_local_data(kit.path("data.yaml"))
+        self.delivered: set[str] = set()
+        self._records: Dataset | None = None
+        self._desk: tuple[tuple[str, str], _Desk] | None = None
+
+    def handle(self, ask: Ask) -> Say:
+        """Answer a request; whatever goes wrong becomes an answer in words."""
+
+        def say(kind: str, reason: str = "", message: str = "", answer: bytes | None = None) -> Say:
+            return Say(
+                kind=kind,  # type: ignore[arg-type]
+                run=ask.run, client=self.id, round=ask.round, key=ask.key, reason=reason, message=message, answer=answer,
+            )  # fmt: skip
+
+        try:
+            box = Outbox(self._run_folder(ask) / "outbox")
+            if ask.kind == "probe":
+                if ask.key in self.delivered:
+                    return say("known")
+                waiting = box.find(ask.round, ask.key)
+                return say("unknown") if waiting is None else say("answer", answer=waiting)
+            known = box.find(ask.round, ask.key)
+            if known is not None:
+                log.info("round %d of %s was asked again: the same answer is sent again", ask.round, ask.run)
+                return say("answer", answer=known)
+            answer = self._answer(ask)
+            box.put(ask.round, ask.key, answer)
+            return say("answer", answer=answer)
+        except NeedsProxy:
+            return say("needs")
+        except Refused as cause:
+            log.warning("round %d of %s refused (%s): %s", ask.round, ask.run, cause.reason, cause)
+            return say("refused", cause.reason, str(cause))
+        except PolicyError as cause:
+            log.warning("round %d of %s refused by this node's policy: %s", ask.round, ask.run, cause)
+            return say("refused", "policy", str(cause))
+        except FedkdError as cause:
+            log.warning("round %d of %s failed: %s", ask.round, ask.run, cause)
+            return say("refused", "device", str(cause))
+        except Exception as cause:
+            # The words of a strange error may hold values of records; the server hears its kind alone.
+            log.exception("round %d of %s failed", ask.round, ask.run)
+            return say("refused", "device", f"{type(cause).__name__} on the device; its own log says more")
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
+    def _run_folder(self, ask: Ask) -> Path:
+        if ask.client != self.id:
+            raise Refused("identity", f"this is client {self.id}, the request is for client {ask.client}")
+        if not RUN_NAME.match(ask.run):
+            raise Refused("form", "the run's name is no plain name")
+        if ask.round < 0 or not re.fullmatch(r"[0-9a-f]{64}", ask.key):
+            raise Refused("form", "the request has no round or no key")
+        return self.state / RUNS / ask.run
+
+    def _answer(self, ask: Ask) -> bytes:
+        from fedkd.messages import Request
+        from fedkd.wire import read_head
+
+        size = len(ask.request) + len(ask.proxy or b"")
+        if size > self.policy.max_request_bytes:
+            raise PolicyError(
+                f"the request has {size} bytes, this node's policy allows max_request_bytes {self.policy.max_request_bytes}"
+            )
+        envelope = read_head(ask.request).envelope
+        if envelope.run != ask.run or envelope.round != ask.round:
+            # The ledger is charged under the message's own words: they must not differ from what the answer is kept by.
+            raise Refused("form", "the request's wrapping and its message speak of different rounds")
+        desk = self._sit_down(ask)
+        if ask.round >= desk.rounds:
+            raise Refused("round", f"round {ask.round} of a run of {desk.rounds} rounds")
+        answer, error = desk.respond(Request(self.id, ask.round, ask.request, ask.holds))
+        if answer is None:
+            raise Refused("device", error or "no answer")
+        if len(answer) > self.policy.max_reply_bytes:
+            raise PolicyError(
+                f"the answer has {len(answer)} bytes, this node's policy allows max_reply_bytes {self.policy.max_reply_bytes}"
+            )
+        return answer
+
+    # ---- the desk ---------------------------------------------------------------------------------------------------
+    def _sit_down(self, ask: Ask) -> _Desk:
+        """Return what is at hand for a run; made once, and anew when the experiment changes."""
+        from fedkd.deploy.sites import read_outline
+
+        place = (ask.run, hashlib.sha256(json.dumps(ask.experiment, sort_keys=True).encode()).hexdigest())
+        if self._desk is not None and self._desk[0] == place:
+            return self._desk[1]
+        self._desk = None
+        experiment = read_outline(ask.experiment, self.policy)
+        proxy = self._proxy(ask) if experiment.method.proxy != "none" else None
+        self.policy.check(experiment, proxy.identity if proxy is not None else None)
+        if self._records is None:
+            self._records = self.local.records()
+        self._tidy(ask.run)
+        desk = _Desk.open(self, ask, experiment, proxy, self._records)
+        self._desk = (place, desk)
+        return desk
+
+    def _proxy(self, ask: Ask) -> ProxySet:
+        from fedkd.deploy.sites import unpack_proxy
+
+        told = ask.experiment.get("proxy")
+        name = told.get("sha256") if isinstance(told, dict) else None
+        if not isinstance(name, str) or not re.fullmatch(r"[0-9a-f]{64}", name):
+            raise ConfigError("the method needs a proxy set, and the server names none")
+        folder = self.state / PROXIES
+        path = folder / f"{name}.proxy"
+        if ask.proxy is not None:
+            if hashlib.sha256(ask.proxy).hexdigest() != name:
+                raise DataError("the proxy set that came is not the one that the experiment names")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, ask.proxy)
+            for old in sorted(folder.glob("*.proxy"), key=lambda p: p.stat().st_mtime)[:-PROXIES_KEPT]:
+                old.unlink(missing_ok=True)
+        try:
+            data = path.read_bytes()
+        except OSError as cause:
+            raise NeedsProxy("no proxy set yet") from cause
+        if hashlib.sha256(data).hexdigest() != name:
+            path.unlink(missing_ok=True)
+            raise NeedsProxy("the proxy set on disk is damaged")
+        return unpack_proxy(data, 16 * self.policy.max_request_bytes)
+
+    def _tidy(self, run: str) -> None:
+        """Forget the runs that were longest without work, so that a server cannot fill the disk with names of runs."""
+        folder = self.state / RUNS
+        if not folder.is_dir():
+            return
+        known = sorted((p for p in folder.iterdir() if p.is_dir() and p.name != run), key=lambda p: p.stat().st_mtime)
+        for old in known[: max(0, len(known) - (RUNS_KEPT - 1))]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """A run at hand: site, engine and store."""
+
+    site: object
+    engine: object
+    store: object
+    rounds: int
+
+    @classmethod
+    def open(cls, device: Device, ask: Ask, experiment: object, proxy: ProxySet | None, own: Dataset) -> _Desk:
+        """Build the site of a run, and open the device's ledger for it."""
+        from fedkd.deploy.sites import device_site
+        from fedkd.engines.base import SerialEngine
+        from fedkd.experiment import Experiment
+        from fedkd.privacy.ledger import Ledger
+        from fedkd.store import FolderStore
+
+        assert isinstance(experiment, Experiment)
+        site = device_site(experiment, ask.experiment, own, proxy, device.id, device.policy.max_parameters)
+        if experiment.privacy.kind == "dp_sgd":
+            site.mechanism.open(Ledger(device.state / LEDGER), device.policy)
+        store = FolderStore(device.state / RUNS / ask.run / "models", keep=ROUNDS_KEPT)
+        return cls(site, SerialEngine(site), store, experiment.rounds)
+
+    def respond(self, request: object) -> tuple[bytes | None, str | None]:
+        """Let the device work; returns its message, or why there is none."""
+        from fedkd.client import respond
+
+        reply = respond(self.site, self.engine, self.store, [request])[0]  # type: ignore[arg-type,list-item]
+        return reply.body, reply.error

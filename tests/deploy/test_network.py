@@ -1,0 +1,185 @@
+"""A round on a real network: equal to the simulator's, and steady under what happens on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inprocess import Network, Wire, experiment
+from safetensors.torch import load_file
+
+from fedkd import simulate
+from fedkd.deploy.mail import Ask, MailError
+
+CLIENTS = 3
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same experiment in the simulator."""
+    return simulate.start(experiment(CLIENTS), tmp_path_factory.mktemp("simulated") / "run").folder
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Network:
+    return Network(tmp_path / "net", CLIENTS)
+
+
+def assert_equal(folder: Path, simulated: Path) -> None:
+    ours, theirs = load_file(folder / simulate.STUDENT), load_file(simulated / simulate.STUDENT)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-4)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / simulate.ROWS).read_text().splitlines()]
+
+
+def test_the_student_is_the_simulators(network: Network, simulated: Path, tmp_path: Path) -> None:
+    found = network.play(experiment(CLIENTS), tmp_path / "run")
+    assert_equal(found.folder, simulated)
+    ours, theirs = rows(found.folder), rows(simulated)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["answered"] == other["answered"] and mine["quarantined"] == []
+        assert mine["student_accuracy"] == pytest.approx(other["student_accuracy"], abs=0.01)
+    # The proxy set travels once to each device, at its first request.
+    assert sum(ask.proxy is not None for _, ask in network.wire.sent) == CLIENTS
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("fedavg", {}),
+        ("fedprox", {}),
+        ("fd", {}),
+        ("fedproto", {}),
+        ("feddf", {}),
+        ("cfd", {}),
+        ("fedmd", {"labelled": 1}),
+    ],
+)
+def test_every_method_runs_on_a_network(network: Network, tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
+    proxy = {"size": 100, "labelled": bool(changes)}
+    chosen = experiment(CLIENTS, rounds=2, algorithm=method, proxy=proxy)
+    for row in rows(network.play(chosen, tmp_path / "run").folder):
+        assert row["failed"] is None and row["answered"] == CLIENTS, row
+
+
+def test_a_device_that_loses_its_memory_goes_on_from_its_disk(
+    network: Network, simulated: Path, tmp_path: Path
+) -> None:
+    def restart_all(wire: Wire, client: int, ask: Ask, honest: Any) -> Any:
+        network.restart(client)
+        return honest()
+
+    network.wire.twist = restart_all
+    assert_equal(network.play(experiment(CLIENTS), tmp_path / "run").folder, simulated)
+
+
+def test_a_lost_answer_is_sent_again_and_is_the_same(network: Network, simulated: Path, tmp_path: Path) -> None:
+    answers: dict[str, bytes] = {}
+    lost: list[str] = []
+
+    def lose_first(wire: Wire, client: int, ask: Ask, honest: Any) -> Any:
+        say = wire.devices[client].handle(ask)
+        if say.answer is not None:
+            known = answers.setdefault(ask.key, say.answer)
+            assert known == say.answer, "one request, two answers"
+            if ask.key not in lost:
+                lost.append(ask.key)
+                network.restart(client)
+                return None
+        return wire.reply("", client, say)
+
+    network.wire.twist = lose_first
+    assert_equal(network.play(experiment(CLIENTS), tmp_path / "run").folder, simulated)
+    assert len(lost) == 3 * CLIENTS
+
+
+def test_a_device_that_never_heard_the_request_is_asked_again(
+    network: Network, simulated: Path, tmp_path: Path
+) -> None:
+    dropped: set[tuple[int, int]] = set()
+
+    def drop_first(wire: Wire, client: int, ask: Ask, honest: Any) -> Any:
+        if ask.kind == "ask" and (client, ask.round) not in dropped:
+            dropped.add((client, ask.round))
+            return "silence"
+        return honest()
+
+    network.wire.twist = drop_first
+    chosen = experiment(CLIENTS, deployment={"probe_seconds": 0.05})
+    assert_equal(network.play(chosen, tmp_path / "run").folder, simulated)
+    assert any(ask.kind == "probe" for _, ask in network.wire.sent)
+
+
+def test_a_server_that_goes_on_from_its_checkpoint_ends_equal(
+    network: Network, simulated: Path, tmp_path: Path
+) -> None:
+    chosen, folder = experiment(CLIENTS), tmp_path / "run"
+
+    def die(record: Any, rounds: int) -> None:
+        if record["round"] == 1:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        network.play(chosen, folder, watch=die)
+    # The checkpoint of the last round is lost, too: the round is asked again, and devices answer from their outbox.
+    newest = sorted((folder / simulate.CHECKPOINTS).glob("round-*"))[-1]
+    (newest / "server.safetensors").write_bytes(b"torn")
+    asked = len(network.wire.sent)
+    assert_equal(network.play(chosen, folder).folder, simulated)
+    assert [ask.round for _, ask in network.wire.sent[asked:]] == [1] * CLIENTS + [2] * CLIENTS
+    assert [row["round"] for row in rows(folder)] == [0, 1, 2]
+
+
+def test_late_and_offline_devices_do_not_hold_up_a_round(network: Network, tmp_path: Path) -> None:
+    def silent(wire: Wire, client: int, ask: Ask, honest: Any) -> Any:
+        return "silence" if client == 0 else honest()
+
+    network.wire.twist = silent
+    network.wire.offline = {2}
+    waits = {"deadline_seconds": 1.0, "offline_seconds": 0.2, "probe_seconds": 100.0}
+    for row in rows(network.play(experiment(CLIENTS, rounds=2, deployment=waits), tmp_path / "run").folder):
+        assert (row["answered"], row["late"], row["dropped"], row["quarantined"]) == (1, 1, 1, [])
+
+
+def test_a_quorum_ends_a_round_early(network: Network, tmp_path: Path) -> None:
+    def silent(wire: Wire, client: int, ask: Ask, honest: Any) -> Any:
+        return "silence" if client == 0 else honest()
+
+    network.wire.twist = silent
+    waits = {"deadline_seconds": 1000.0, "quorum": 0.6, "probe_seconds": 100.0}
+    for row in rows(network.play(experiment(CLIENTS, rounds=2, deployment=waits), tmp_path / "run").folder):
+        assert (row["answered"], row["late"]) == (2, 1)
+
+
+def test_a_run_that_nobody_answers_ends_with_a_reason(network: Network, tmp_path: Path, simulated: Path) -> None:
+    from fedkd.deploy.serve import RunFailed, _Watch
+
+    waits = {"offline_seconds": 0.05}
+    chosen, folder = experiment(CLIENTS, rounds=20, deployment=waits), tmp_path / "run"
+    network.wire.offline = {0, 1, 2}
+    with pytest.raises(RunFailed, match="0 answers, at least 1 are needed"):
+        network.play(chosen, folder, watch=_Watch(3))
+    assert len(rows(folder)) == 3 and all(row["failed"] for row in rows(folder))
+    network.wire.offline = set()
+    network.play(experiment(CLIENTS, rounds=4, deployment=waits), folder)
+    assert [row["failed"] for row in rows(folder)[3:]] == [None]
+
+
+def test_nobody_comes(network: Network) -> None:
+    runner = network.runner(experiment(CLIENTS, deployment={"wait_seconds": 0.1}))
+    network.wire.offline = {0, 1, 2}
+    with pytest.raises(MailError, match="0 clients came online within 0 s, at least 1 are needed"):
+        runner.wait_for(1)
+
+
+def test_what_travels_names_no_path_and_no_partition(network: Network) -> None:
+    told = json.dumps(network.runner(experiment(CLIENTS)).outline)
+    for word in ("path", "partition", "alpha", "deadline", "runner"):
+        assert f'"{word}' not in told, word
