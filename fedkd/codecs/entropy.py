@@ -13,12 +13,12 @@ import struct
 from collections.abc import Sequence
 from typing import Any, final
 
-import constriction
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkd.codecs.base import Squeezer, Stream, Symbols
 from fedkd.codecs.bits import check_alphabet, pack, unpack
+from fedkd.errors import ConfigError
 from fedkd.payloads import PayloadError
 
 _PACKED, _SAME, _CODED = 0, 1, 2
@@ -26,14 +26,25 @@ _TOTAL = 1 << 16
 _WIDEST = 4096
 """Largest alphabet that gets a model of its own; above it, the table would outweigh the gain."""
 
-_categorical = constriction.stream.model.Categorical
-_encoder = constriction.stream.queue.RangeEncoder
-_decoder = constriction.stream.queue.RangeDecoder
+
+def _stream() -> Any:
+    """Return the library's coders. It has no wheel for Linux on arm64, where everything but this codec goes without."""
+    try:
+        import constriction
+    except ModuleNotFoundError as cause:
+        raise ConfigError(
+            "the codec `entropy` needs the package constriction, which has no wheel for this machine: build it "
+            "(`pip install constriction` with a Rust compiler), or use `deflate` in its place"
+        ) from cause
+    return constriction.stream
 
 
 @final
 class Entropy(Squeezer):
     """Blocks one after the other; each knows from its stream how many symbols it holds."""
+
+    def __init__(self) -> None:
+        _stream()
 
     def squeeze(self, streams: Sequence[tuple[Stream, Symbols]]) -> bytes:
         return b"".join(
@@ -94,7 +105,7 @@ def _shares(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _model(shares: NDArray[np.int64]) -> Any:
     # Multiples of 2^-16 are exact in float32, and so is their sum: the model cannot differ between machines.
-    return _categorical((shares / _TOTAL).astype(np.float32), perfect=False)
+    return _stream().model.Categorical((shares / _TOTAL).astype(np.float32), perfect=False)
 
 
 def _squeeze_block(stream: Stream, symbols: Symbols) -> bytes:
@@ -121,7 +132,7 @@ def _squeeze_block(stream: Stream, symbols: Symbols) -> bytes:
 
 
 def _encode(ranks: NDArray[np.int32], shares: NDArray[np.int64]) -> NDArray[np.uint32]:
-    encoder = _encoder()
+    encoder = _stream().queue.RangeEncoder()
     encoder.encode(ranks, _model(shares))
     words: NDArray[np.uint32] = encoder.get_compressed()
     return words
@@ -154,7 +165,7 @@ def _expand_coded(stream: Stream, reader: _Reader) -> Symbols:
         raise PayloadError("body", f"entropy model: shares must be positive and sum to {_TOTAL}")
     words = np.frombuffer(reader.take(4 * length), "<u4").astype(np.uint32) if length else np.zeros(0, np.uint32)
     try:
-        ranks = _decoder(words).decode(_model(shares), stream.count)
+        ranks = _stream().queue.RangeDecoder(words).decode(_model(shares), stream.count)
     except (AssertionError, ValueError) as error:
         raise PayloadError("body", f"entropy block: {str(error)[:100]}") from None
     # Range decoding cannot see words that are missing or left over; encoding again can.

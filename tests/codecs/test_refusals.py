@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import struct
+import sys
 import tracemalloc
 import zlib
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fedkd.codecs import REASONS, codec, peek, wire
+from fedkd.errors import ConfigError
 from fedkd.payloads import (
     Bundle,
     Contract,
@@ -413,3 +415,11 @@ def test_fuzz_random_bytes(data: bytes, spec: str, prefixed: bool) -> None:
         header = min(len(data), 60)
         data = wire.PREFIX.pack(wire.MAGIC, 1, 0, 0, header, len(data) - header) + data
     survive(data, spec, SOFT, None)
+
+
+def test_without_the_library_for_entropy_coding_the_codec_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec.cache_clear()
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ConfigError, match="use `deflate` in its place"):
+        codec("simplex:2+entropy")
+    codec("simplex:2+deflate")
