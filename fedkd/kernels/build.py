@@ -96,7 +96,7 @@ def compiled(real: str) -> tuple[Path, bool]:
     path = folder / f"{name}-{real}.so"
     if path.exists():
         return path, False
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Several processes may compile at once: each into a file of its own, and the last rename wins.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / "nets.so"
