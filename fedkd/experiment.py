@@ -188,6 +188,11 @@ class Experiment(Section):
     partition: PartitionConfig = PartitionConfig()
     proxy: ProxyConfig | None = ProxyConfig()
     proxy_per_round: int | None = Field(None, ge=1, description="Proxy samples asked in a round; null asks for all.")
+    proxy_choice: Literal["random", "spread"] = Field(
+        "random",
+        description="Which of them: others in every round; or `spread`: always those nearest to the centres of as many "
+        "clusters of the proxy set, which make few queries tell more. The set is public, so that this costs no privacy.",
+    )
     models: ModelsConfig = ModelsConfig()
     algorithm: dict[str, Any] = Field(default_factory=lambda: catalogue.resolve(catalogue.DEFAULT))
     training: TrainingConfig = Field(TrainingConfig(), description="A device on its own records.")

@@ -29,7 +29,7 @@ from fedkd.privacy.secure.exchange import SecureRound
 from fedkd.privacy.secure.mechanism import SecureSum
 from fedkd.privacy.secure.protocol import SecureSumError
 from fedkd.runners.base import Inspection, Runner, count_correct
-from fedkd.seeding import numpy_rng
+from fedkd.seeding import key, numpy_rng
 from fedkd.server_tools import Tools
 from fedkd.site import Site
 from fedkd.virtual.flights import Flight
@@ -180,12 +180,28 @@ class Rounds:
         size, per_round = len(self.site.proxy), self.experiment.proxy_per_round
         if per_round is None or per_round == size:
             return np.arange(size)
+        if self.experiment.proxy_choice == "spread":
+            return self._spread
         rng = numpy_rng(self.experiment.seed, "proxy samples", round)
         return np.sort(rng.choice(size, size=per_round, replace=False)).astype(np.int64)
 
     def _asked_before(self, round: int) -> tuple[NDArray[np.int64], str]:
         ask = self.ask_indices(round)
         return ask, ids_hash(ask)
+
+    @cached_property
+    def _spread(self) -> NDArray[np.int64]:
+        """The proxy samples nearest to the centres of clusters; where two centres share one, the next nearest."""
+        from sklearn.cluster import KMeans
+
+        assert self.site.proxy_all is not None and self.experiment.proxy_per_round is not None
+        x = self.site.proxy_all.all()[0].flatten(1).double().numpy()
+        seed = key(self.experiment.seed, "spread proxy samples") % 2**32
+        found = KMeans(self.experiment.proxy_per_round, n_init=3, random_state=seed).fit(x)
+        chosen: list[int] = []
+        for distances in found.transform(x).T:
+            chosen.append(next(int(i) for i in np.argsort(distances, kind="stable") if int(i) not in chosen))
+        return np.sort(np.array(chosen, np.int64))
 
     def _round(self, progress: Progress, number: int) -> dict[str, Any]:
         open = self._open(progress, number)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedkd.cli.audit import audit
 from fedkd.cli.deploy import doctor, provision_app, server_app
 from fedkd.cli.privacy import app as privacy_app
 from fedkd.cli.privacy import epsilon_line
@@ -26,6 +27,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments before they run.")
 app.add_typer(config_app, name="config")
 app.add_typer(privacy_app, name="privacy")
+app.command()(audit)
 app.add_typer(provision_app, name="provision")
 app.add_typer(server_app, name="server")
 app.command()(doctor)

@@ -61,6 +61,10 @@ class ClientLevel(Mechanism):
         """Return what a round costs every client."""
 
     @abstractmethod
+    def noisy_sum(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, Tensor]:
+        """Return the sum of the answers as it is protected, and the sum without noise, float64 [N, C] each."""
+
+    @abstractmethod
     def aggregate(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, NDArray[np.int64]]:
         """Return probabilities [M, C] for M of the queries, and which queries they are [M]."""
 
@@ -170,9 +174,12 @@ class GaussianLabels(ClientLevel):
     def what(self) -> Sequence[str]:
         return ("noisy mean of soft labels",)
 
-    def aggregate(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, NDArray[np.int64]]:
+    def noisy_sum(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, Tensor]:
         total = clipped_sum((a.payload.tensors()["labels"] for a in answers), self.queries, self.classes, self.clip)
-        dirty = total + noise.normal((self.queries, self.classes), self.noise_multiplier * self.clip)
+        return total + noise.normal((self.queries, self.classes), self.noise_multiplier * self.clip), total
+
+    def aggregate(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, NDArray[np.int64]]:
+        dirty, _ = self.noisy_sum(answers, noise)
         mean = dirty / self.expected_clients + 1 / self.classes
         return project_simplex(mean).to(self.dtype), np.arange(self.queries)
 
@@ -208,9 +215,13 @@ class ConfidentGnmax(ClientLevel):
         answers = f"at most {self.most} noisy winners"
         return (answers,) if self.config.threshold is None else ("tests of agreement", answers)
 
-    def aggregate(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, NDArray[np.int64]]:
+    def noisy_sum(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, Tensor]:
         counts = count_votes((a.payload for a in answers), self.queries, self.classes)
-        winners = (counts + noise.normal((self.queries, self.classes), self.noise_multiplier)).argmax(-1)
+        return counts + noise.normal((self.queries, self.classes), self.noise_multiplier), counts
+
+    def aggregate(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, NDArray[np.int64]]:
+        dirty, counts = self.noisy_sum(answers, noise)
+        winners = dirty.argmax(-1)
         answered = np.arange(self.queries)
         if self.config.threshold is not None:
             tests = noise.normal((self.queries,), self.noise_multiplier * self.config.threshold_noise)

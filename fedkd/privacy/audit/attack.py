@@ -17,20 +17,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedkd.algorithms.base import Batch, DeviceState, Tensors
-from fedkd.engines.base import Engine, SerialEngine, Task
+from fedkd.engines.base import Engine, SerialEngine, Task, fit
 from fedkd.engines.stacked import StackedEngine
 from fedkd.experiment import Experiment
-from fedkd.losses import soft_cross_entropy
+from fedkd.losses import cross_entropy, soft_cross_entropy
 from fedkd.nets import Net
 from fedkd.payloads import Logits, Payload, SoftLabels, Votes
 from fedkd.privacy.audit.bounds import auc, mean_total_variation, one_run, tpr_at
 from fedkd.privacy.audit.canaries import Canaries, insert
+from fedkd.records import Records
 from fedkd.rounds import Progress, Rounds
 from fedkd.runners.base import LocalRunner
+from fedkd.seeding import numpy_rng
 from fedkd.server_tools import Tools
 from fedkd.site import Site
+from fedkd.training import schedule
 
 CANARIES = 600
+REFERENCES = 4
 
 
 @dataclass(frozen=True)
@@ -126,17 +130,18 @@ def membership(run: Rerun) -> list[View]:
         views.append(judge("local model", "whoever holds a device's model", scores, run))
         sent = labels_of(run)
         if sent is not None:
-            surrogates = torch.stack([_surrogate(run, labels, k) for k, labels in zip(clients, sent, strict=True)])
+            surrogates = torch.stack([_surrogate(run, labels) for labels in sent])
             scores = calibrated(surrogates, clients, run.canaries)
             views.append(judge("soft labels", "whoever sees a device's answers", scores, run))
+    reference = _reference(run)
     published = probabilities(run.progress.state.knowledge)
     if published is not None and len(published) == len(run.asked):
-        margin = margins(_surrogate(run, published, -1), run.canaries.label).numpy()
-        views.append(judge("published labels", "other devices, through a surrogate", margin, run))
+        margin = margins(_surrogate(run, published), run.canaries.label).numpy()
+        views.append(judge("published labels", "other devices", margin - reference, run))
     if "student" in run.progress.state.models:
         architecture, weights = run.progress.state.models["student"]
         margin = margins(_score(run, architecture, weights), run.canaries.label).numpy()
-        views.append(judge("student", "whoever holds the student", margin, run))
+        views.append(judge("student", "whoever holds the student", margin - reference, run))
     return views
 
 
@@ -195,7 +200,7 @@ def probabilities(payload: Payload) -> Tensor | None:
 
 def labels_of(run: Rerun) -> list[Tensor] | None:
     """Return what every device answered for the proxy samples, where answers can be told apart by somebody."""
-    if not len(run.asked):
+    if not len(run.asked) or run.site.mechanism.sums_securely:
         return None
     found = []
     for _, payload in run.devices.values():
@@ -208,7 +213,7 @@ def labels_of(run: Rerun) -> list[Tensor] | None:
     return found
 
 
-def _surrogate(run: Rerun, labels: Tensor, client: int) -> Tensor:
+def _surrogate(run: Rerun, labels: Tensor) -> Tensor:
     """Return the scores [m, C] of a model that learned nothing but ``labels`` [N, C] of the proxy samples."""
     site = run.site
     labels = labels.to(site.dtype)
@@ -221,6 +226,30 @@ def _surrogate(run: Rerun, labels: Tensor, client: int) -> Tensor:
     # All start from one point, so that they differ by what they were told alone.
     weights = tools.train(name, tools.initial(name, "surrogate"), loss, run.asked, label="surrogate")
     return _score(run, name, weights)
+
+
+def _reference(run: Rerun) -> NDArray[np.floating]:
+    """Return the mean margin [m] of models of an attacker with records of the same kind: the test set. No canary is in it."""
+    site = run.site
+    settings = site.experiment.server
+    data = Records(site.test, torch.arange(len(site.test)))
+    name = site.experiment.models.student
+    if not site.architecture(name).gradients:
+        return np.zeros(len(run.canaries))
+    bound = {"model": site.architecture(name)}
+    found = []
+    for i in range(REFERENCES):
+        models, _, _ = fit(
+            bound,
+            {"model": site.initial(name, "reference", i)},
+            lambda net, batch: batch.mean(cross_entropy(net(batch), batch.labels)),
+            data,
+            schedule(len(data), settings, numpy_rng(i, "reference")),
+            settings,
+            round=0,
+        )
+        found.append(margins(_score(run, name, models["model"]), run.canaries.label).numpy())
+    return np.asarray(np.mean(found, axis=0))
 
 
 @torch.no_grad()

@@ -1,0 +1,102 @@
+"""Audit a run's folder: the attacks, the claim beside them, and what to make of both, as JSON in the folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fedkd.errors import ConfigError
+from fedkd.experiment import read_yaml, validate
+from fedkd.privacy.audit.attack import CANARIES, Rerun, label_inference, membership, rerun
+from fedkd.privacy.audit.bounds import CONFIDENCE
+from fedkd.privacy.audit.mechanism import MechanismAudit, audit_mechanism
+from fedkd.privacy.events import epsilon
+from fedkd.privacy.ledger import SERVER
+from fedkd.simulate import CONFIG, SUMMARY
+from fedkd.storage import write_json
+
+AUDIT, SCHEMA = "audit.json", 1
+
+TRUSTED = "the claim leaves this view out: it is the trusted server's"
+
+
+def audit_run(folder: Path, *, canaries: int = CANARIES, seed: int = 0, runs: int | None = None) -> dict[str, Any]:
+    """Attack the run in ``folder``, write ``audit.json`` into it, and return what it holds.
+
+    Args:
+        canaries: wanted number of canaries. seed: of their choice and coins. runs: releases in the audit of the mechanism.
+    Raises:
+        ConfigError: the folder holds no finished run, or one whose data are too few.
+    """
+    if not (folder / CONFIG).is_file() or not (folder / SUMMARY).is_file():
+        raise ConfigError(f"{folder} holds no finished run: expected {CONFIG} and {SUMMARY} in it")
+    experiment = validate(read_yaml(folder / CONFIG))
+    if experiment.method.pools_data:
+        raise ConfigError(f"{experiment.method.name} pools everybody's records on purpose: there is nothing to audit")
+    again = rerun(experiment, canaries, seed)
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "confidence": CONFIDENCE,
+        "claim": again.site.mechanism.claim().to_json(),
+        "canaries": len(again.canaries),
+        "seed": seed,
+        "rerun": (
+            "the run was repeated from its configuration with canaries: training records with a wrong label, each of "
+            "which a coin left in or out"
+        ),
+        "views": _views(again),
+    }
+    labels = label_inference(again)
+    found["label_inference"] = None if labels is None else {"attack": labels.attack, "prior": labels.prior}
+    mechanism = audit_mechanism(experiment, again.site, runs)
+    found["mechanism"] = None if mechanism is None else mechanism.to_json()
+    found["verdict"] = _verdict(found, mechanism)
+    write_json(folder / AUDIT, found)
+    return found
+
+
+def _views(again: Rerun) -> list[dict[str, Any]]:
+    """Every view with the epsilon that its bound is held against; None where the claim does not speak of it."""
+    limit = _limit(again)
+    trusted = again.site.mechanism.unit == "client" and not again.site.mechanism.sums_securely
+    views = []
+    for view in membership(again):
+        covered = limit is not None and not (trusted and view.name in ("soft labels", "local model"))
+        covered = covered and not (again.site.mechanism.unit == "client" and view.name == "local model")
+        views.append(
+            {
+                **view.to_json(),
+                "claimed": limit if covered else None,
+                "note": TRUSTED if limit is not None and not covered else None,
+            }
+        )
+    return views
+
+
+def _limit(again: Rerun) -> float | None:
+    """Return the epsilon that the claim grants a canary, which is one record there or not.
+
+    Where the unit is a client, a record more or less makes its client another one: epsilon under replacing a client.
+    """
+    mechanism = again.site.mechanism
+    claim = mechanism.claim()
+    if claim.epsilon is None or claim.unit is None or claim.delta is None:
+        return None
+    if claim.unit == "record" or claim.relation == "replace_one":
+        return claim.epsilon
+    party = SERVER if not mechanism.sums_securely else mechanism.ledger.devices[0][0]
+    found = epsilon(mechanism.ledger.events(party, "client"), claim.delta, "replace_one")
+    return found if math.isfinite(found) else None
+
+
+def _verdict(found: dict[str, Any], mechanism: MechanismAudit | None) -> str:
+    broken = [v["name"] for v in found["views"] if v["claimed"] is not None and v["epsilon"] > v["claimed"]]
+    if mechanism is not None and not mechanism.holds:
+        broken.append(f"mechanism ({mechanism.what})")
+    if broken:
+        return f"the claim is refuted at {100 * CONFIDENCE:g} % confidence by: {', '.join(broken)}"
+    if found["claim"]["epsilon"] is None:
+        leaks = [v["name"] for v in found["views"] if v["epsilon"] > 0]
+        return "nothing is claimed" + (f"; the attack found a leak in: {', '.join(leaks)}" if leaks else "")
+    return "no attack refutes the claim; that proves nothing beyond these attacks"
