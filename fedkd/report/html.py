@@ -32,6 +32,7 @@ from fedkd.report.runfolder import (
     is_run,
     is_sweep,
     mean,
+    read_json,
     write_text,
 )
 
@@ -559,6 +560,42 @@ def epsilon_section(run: Run) -> Section | None:
     return Section(title="Epsilon", body=figure(chart, f"Claimed in total: {epsilon_text(run.epsilon)}{delta}."))
 
 
+def audit_section(run: Run) -> Section | None:
+    """What `fedkd audit` found, beside the claim."""
+    path = run.path / "audit.json"
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    rows = []
+    for view in found.get("views", ()):
+        claimed = view.get("claimed")
+        rows.append(
+            (
+                view["name"],
+                view["who"],
+                f"{view['auc']:.3f}",
+                f"{view['tpr_at_1_percent_fpr']:.3f}",
+                f"{view['epsilon']:.2f}",
+                DASH if claimed is None else f"{claimed:.2f}",
+            )
+        )
+    head = ("view", "attacker", "AUC", "TPR at 1 % FPR", "epsilon at least", "epsilon claimed")
+    body = paragraph(f"{found.get('canaries')} canaries; {found.get('rerun')}.") + table(head, rows, words=2)
+    mechanism, labels = found.get("mechanism"), found.get("label_inference")
+    if mechanism:
+        body += paragraph(
+            f"Mechanism, {mechanism['what']}, {mechanism['runs']:,} times: epsilon at least {mechanism['bound']:.2f}, "
+            f"claimed {mechanism['claimed']:.2f}."
+        )
+    if labels:
+        body += paragraph(
+            f"Label distributions guessed from soft labels: total variation {labels['attack']:.3f} to the truth, "
+            f"{labels['prior']:.3f} by guessing the mean."
+        )
+    body += paragraph(f"At {100 * found.get('confidence', 0.95):g} % confidence: {found.get('verdict')}.")
+    return Section(title="Audit", body=body)
+
+
 def loss_section(run: Run) -> Section | None:
     """Mean loss of each phase."""
     phases = sorted({phase for row in run.rounds for phase in row.loss})
@@ -654,6 +691,7 @@ RUN_SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     partition_section,
     events_section,
     epsilon_section,
+    audit_section,
     loss_section,
     configuration_section,
     versions_section,
