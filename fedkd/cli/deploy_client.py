@@ -64,3 +64,18 @@ def status(
     )
     if not found["running"]:
         raise typer.Exit(3)
+
+
+@client_app.command()
+def tunnel(
+    kit: KitFolder,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1 to listen on.")] = 9092,
+) -> None:
+    """Carry a stock SuperNode's requests over this kit's mutual TLS, until stopped."""
+    import asyncio
+
+    from fedkd.deploy import tunnel
+    from fedkd.deploy.kit import ClientKit
+    from fedkd.deploy.log import setup_log
+
+    asyncio.run(tunnel.run(ClientKit.read(kit), port, setup_log("tunnel", None)))

@@ -60,6 +60,7 @@ def diagnose(folder: Path) -> list[Finding]:
     if isinstance(kit, ClientKit):
         client = kit
         checks += [lambda: _node_key(client), lambda: _server(client)]
+        checks += [lambda: _data(client), lambda: _policy(client)]
     else:
         server = kit
         checks += [lambda: _clients(server), lambda: _ports(server)]
@@ -294,6 +295,30 @@ def _ports(kit: ServerKit) -> Iterator[Finding]:
             yield Finding("ports", "problem", str(cause), f"end what uses it, or change {name} in {ServerKit.FILE}")
     if not taken:
         yield Finding("ports", "ok", f"ports {kit.port}, {kit.control_port} and {kit.ops_port} are free")
+
+
+# ---- the client's own -------------------------------------------------------------------------------------------------
+def _data(kit: ClientKit) -> Iterator[Finding]:
+    from fedkd.deploy.localdata import read_local_data
+
+    try:
+        yield Finding("data", "ok", read_local_data(kit.path("data.yaml")).check())
+    except FedkdError as cause:
+        yield Finding("data", "problem", str(cause), "say in data.yaml where the records are: docs/deploy.md")
+    except OSError as cause:
+        said = f"cannot read {cause.filename or 'the records'}: {cause.strerror or cause}"
+        yield Finding("data", "problem", said, "may the user who runs the client read them?")
+
+
+def _policy(kit: ClientKit) -> Iterator[Finding]:
+    from fedkd.deploy.policy import read_policy
+
+    try:
+        read_policy(kit.path("policy.yaml"))
+    except FedkdError as cause:
+        yield Finding("policy", "problem", str(cause), "mend policy.yaml: docs/deploy.md")
+    else:
+        yield Finding("policy", "ok", "policy.yaml is valid")
 
 
 # ---- the machine ------------------------------------------------------------------------------------------------------

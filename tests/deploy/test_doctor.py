@@ -89,8 +89,23 @@ def reissue(kits: Path, name: str, **settings: object) -> None:
 def test_a_healthy_client_has_no_problem_but_its_data(gate: Path) -> None:
     findings = diagnose(gate / "hospital-a")
     about = {"kit", "secrets", "chain", "dates", "key", "node key", "clock", "reach", "disk", "memory", "versions"}
-    assert about <= {f.check for f in findings}
-    assert [f for f in findings if f.level != "ok" and f.check in about] == []
+    assert {f.check for f in findings} == about | {"data", "policy"}
+    assert [f.check for f in findings if f.level != "ok"] == ["data"]
+
+
+def test_data_and_policy(kits: Path) -> None:
+    """A fresh kit names no records yet; its policy is valid as it is."""
+    folder = kits / "hospital-a"
+    problem(folder, "data", "/srv/records.csv")
+    (folder / "data.yaml").write_text("data: {source: digits}\n")
+    assert [(f.level, "records of shape" in f.said) for f in found(folder, "data")] == [("ok", True)]
+    (folder / "data.yaml").write_text("data: {sauce: digits}\n")
+    problem(folder, "data", "sauce")
+    assert [f.level for f in found(folder, "policy")] == ["ok"]
+    (folder / "policy.yaml").write_text("max_round: 5\n")
+    problem(folder, "policy", "max_round")
+    (folder / "policy.yaml").unlink()
+    problem(folder, "policy", "cannot read")
 
 
 def test_a_healthy_server_has_no_problem(kits: Path) -> None:
