@@ -315,6 +315,7 @@ def read_points(path: Path | None, overrides: Sequence[str] = ()) -> list[tuple[
     """
     base = read_yaml(path) if path is not None else {}
     choices = [_parse_override(text) for text in overrides]
+    _refuse_repeats(choices)
     choices.sort(key=lambda item: item[0] == "seed")
     size = math.prod(len(options) for _, options in choices)
     if size > MAX_SWEEP:
@@ -397,6 +398,17 @@ def _parse_override(text: str) -> tuple[str, list[Any]]:
     if not sign or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
         raise ConfigError(f"override {text!r}: expected key=value, such as rounds=30 or algorithm.temperature=0.5")
     return key, [_scalar(part) for part in _split(value)]
+
+
+def _refuse_repeats(choices: Sequence[tuple[str, list[Any]]]) -> None:
+    """Refuse what would be dropped in silence: a key given twice, or a value listed twice."""
+    keys = [key for key, _ in choices]
+    for key, options in choices:
+        if keys.count(key) > 1:
+            raise ConfigError(f"override {key} is given twice: give it once, as a comma list for a sweep")
+        twice = next((v for i, v in enumerate(options) if repr(v) in map(repr, options[:i])), None)
+        if twice is not None:
+            raise ConfigError(f"override {key} lists {twice!r} twice: every point of a sweep is run once")
 
 
 def _split(text: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import platform
 import shutil
@@ -25,18 +26,22 @@ from fedkd.experiment import Experiment, read_yaml, validate
 from fedkd.payloads import Payload, outline, rebuild
 from fedkd.privacy.build import open_ledger
 from fedkd.privacy.config import PrivacyConfig
-from fedkd.report.runfolder import write_sweep_summary
+from fedkd.report.runfolder import read_json, sweep_points, write_sweep_summary
 from fedkd.rounds import Progress, Rounds
 from fedkd.runners.base import LocalRunner, Only, Runner, make_engine
 from fedkd.shelves import ShelfStore
 from fedkd.site import Site
 from fedkd.storage import (
     StorageError,
+    append_line,
+    clear_aside,
+    make_folder,
     pack_tensors,
     read_bundle,
     unpack_tensors,
     write_atomic,
     write_bundle,
+    write_folder,
     write_json,
 )
 from fedkd.store import read_metadata
@@ -45,6 +50,8 @@ from fedkd.virtual import flights
 SCHEMA = 1
 CONFIG, ROWS, SUMMARY, PARTITION, SWEEP = "config.yaml", "rounds.jsonl", "summary.json", "partition.json", "sweep.json"
 STUDENT, CHECKPOINTS, STATES = "student.safetensors", "checkpoints", "states"
+MAX_NAME = 120
+"""Characters of a point's folder; file systems allow 255 bytes."""
 
 Watch = Callable[[Mapping[str, Any], int], None]
 """Called after every round with its record and the number of rounds wanted."""
@@ -68,9 +75,10 @@ def start(experiment: Experiment, folder: Path, watch: Watch | None = None) -> F
     if (folder / ROWS).exists() or (folder / CONFIG).exists():
         raise ConfigError(f"{folder} holds a run already: go on with --resume, or choose another --out")
     site = Site.load(experiment)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / CONFIG, experiment.dump().encode())
+    make_folder(folder)
     write_json(folder / PARTITION, _partition(site))
+    # Last, because it is what makes the folder a run that can be gone on with.
+    write_atomic(folder / CONFIG, experiment.dump().encode())
     return _launch(site, folder, watch)
 
 
@@ -83,9 +91,19 @@ def resume(folder: Path, watch: Watch | None = None) -> Finished:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder} holds no run: expected a {CONFIG} in it")
     experiment = validate(read_yaml(folder / CONFIG))
-    if _is_finished(folder):
-        return Finished(folder, json.loads((folder / SUMMARY).read_text()))
-    return _launch(Site.load(experiment), folder, watch)
+    summary = _finished(folder, experiment)
+    if summary is not None:
+        return Finished(folder, summary)
+    clear_aside(folder, folder / CHECKPOINTS)
+    site = Site.load(experiment)
+    if not (folder / PARTITION).is_file():
+        write_json(folder / PARTITION, _partition(site))
+    return _launch(site, folder, watch)
+
+
+def is_begun(folder: Path) -> bool:
+    """Tell whether ``folder`` holds a run or a sweep that can be gone on with."""
+    return (folder / CONFIG).is_file() or (folder / SWEEP).is_file()
 
 
 def _launch(site: Site, folder: Path, watch: Watch | None) -> Finished:
@@ -126,35 +144,38 @@ def play(site: Site, runner: Runner, folder: Path, watch: Watch | None = None, *
     experiment = site.experiment
 
     def done(progress: Progress, record: dict[str, Any]) -> None:
-        with open(folder / ROWS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        append_line(folder / ROWS, json.dumps(record, allow_nan=False))
         if progress.state.round % experiment.checkpoint.every == 0 or progress.state.round == experiment.rounds:
             _save(runner, folder, progress, experiment.checkpoint.keep)
         if watch is not None:
             watch(record, experiment.rounds)
 
     before = progress.seconds
-    status = "stopped"
     try:
         rounds.play(progress, done)
-        status = "finished"
-        summary = _summary(site, rounds, progress, folder, status, before + time.perf_counter() - began)
+        summary = _summary(site, rounds, progress, folder, before + time.perf_counter() - began)
+        _write_student(site, progress.state, folder)
     except KeyboardInterrupt:
         if progress.state.round:
-            write_json(folder / SUMMARY, _stopped(site, runner, progress, status))
+            write_json(folder / SUMMARY, _stopped(site, runner, progress, "stopped"))
         raise
+    # Last, because it says that all is there.
     write_json(folder / SUMMARY, summary)
-    if "student" in progress.state.models:
-        architecture, weights = progress.state.models["student"]
-        note = {
-            "architecture": architecture,
-            "shape": site.shape,
-            "classes": site.classes,
-            "class_names": site.federation.split.train.class_names,
-        }
-        # One entry, because safetensors writes several in no fixed order.
-        write_atomic(folder / STUDENT, pack_tensors(weights, {"fedkd": json.dumps(note)}))
     return Finished(folder, summary)
+
+
+def _write_student(site: Site, state: ServerState, folder: Path) -> None:
+    if "student" not in state.models:
+        return
+    architecture, weights = state.models["student"]
+    note = {
+        "architecture": architecture,
+        "shape": site.shape,
+        "classes": site.classes,
+        "class_names": site.federation.split.train.class_names,
+    }
+    # One entry, because safetensors writes several in no fixed order.
+    write_atomic(folder / STUDENT, pack_tensors(weights, {"fedkd": json.dumps(note)}))
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -186,7 +207,7 @@ def _save(runner: Runner, folder: Path, progress: Progress, keep: int) -> None:
     tensors |= {f"flights|all|{name}": t for name, t in under_way.items()}
     packed = pack_tensors(tensors, {"server": json.dumps(note)})
     checkpoints = folder / CHECKPOINTS
-    checkpoints.mkdir(exist_ok=True)
+    make_folder(checkpoints)
     write_bundle(checkpoints / f"round-{state.round:06d}", {"server.safetensors": packed, **runner.save()})
     for old in _checkpoints(folder)[keep:]:
         for file in old.iterdir():
@@ -333,9 +354,7 @@ def _stopped(site: Site, runner: Runner, progress: Progress, status: str) -> dic
     }
 
 
-def _summary(
-    site: Site, rounds: Rounds, progress: Progress, folder: Path, status: str, seconds: float
-) -> dict[str, Any]:
+def _summary(site: Site, rounds: Rounds, progress: Progress, folder: Path, seconds: float) -> dict[str, Any]:
     assert site.test.y is not None
     totals = np.bincount(site.test.y.numpy(), minlength=site.classes)
     counts = np.asarray(_partition(site)["counts"])
@@ -356,7 +375,7 @@ def _summary(
         }
         per_client.append(one)
     rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
-    result = _stopped(site, rounds.runner, progress, status)
+    result = _stopped(site, rounds.runner, progress, "finished")
     devices = len(site.cards)
     result |= {
         "accuracy": {
@@ -478,7 +497,7 @@ def sweep(
         ConfigError: ``folder`` holds something else.
         FedkdError: points failed; the others are whole.
     """
-    names = [_point_name(overrides) for overrides, _ in points]
+    names = _point_names([overrides for overrides, _ in points])
     listing = {
         "schema": SCHEMA,
         "name": points[0][1].name,
@@ -486,19 +505,19 @@ def sweep(
             {"overrides": dict(overrides), "folder": name} for name, (overrides, _) in zip(names, points, strict=True)
         ],
     }
+    configs = {f"{name}/{CONFIG}": point.dump().encode() for name, (_, point) in zip(names, points, strict=True)}
     if (folder / SWEEP).exists():
-        if json.loads((folder / SWEEP).read_text()) != json.loads(json.dumps(listing)):
+        if read_json(folder / SWEEP) != json.loads(json.dumps(listing)):
             raise ConfigError(f"{folder} holds another sweep: choose another --out")
-    elif folder.exists() and any(folder.iterdir()):
+        for name, data in configs.items():
+            if not (folder / name).is_file():
+                make_folder((folder / name).parent)
+                write_atomic(folder / name, data)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SWEEP, listing)
-    for name, (_, experiment) in zip(names, points, strict=True):
-        path = folder / name
-        if path.exists():
-            continue
-        path.mkdir()
-        write_atomic(path / CONFIG, experiment.dump().encode())
+    else:
+        # In one step, so that an interruption leaves a sweep that can be gone on with, or nothing.
+        write_folder(folder, {**configs, SWEEP: (json.dumps(listing, indent=1) + "\n").encode()})
     return resume_sweep(folder, announce, jobs)
 
 
@@ -515,9 +534,9 @@ def resume_sweep(folder: Path, announce: Announce | None = None, jobs: int | Non
     """
     from fedkd.sweeping import cores, play_side_by_side
 
-    paths = [folder / point["folder"] for point in json.loads((folder / SWEEP).read_text())["points"]]
+    paths = [folder / name for name, _ in sweep_points(folder)]
     experiments = {path: validate(read_yaml(path / CONFIG)) for path in paths}
-    left = [path for path in paths if not _is_finished(path)]
+    left = [path for path in paths if _finished(path, experiments[path]) is None]
     apart = [path for path in left if experiments[path].runner.kind == "flower"]
     together = [path for path in left if path not in apart]
     watches: dict[Path, Watch | None] = {}
@@ -551,7 +570,7 @@ def resume_sweep(folder: Path, announce: Announce | None = None, jobs: int | Non
             f"{len(failed)} of the {len(paths)} points of {folder} failed, the first {first.name}: {failed[first]}. The "
             "others are whole; go on with --resume when the cause is gone"
         )
-    return [Finished(path, json.loads((path / SUMMARY).read_text())) for path in paths]
+    return [Finished(path, read_json(path / SUMMARY)) for path in paths]
 
 
 def play_point(folder: Path, watch: Watch | None = None) -> Finished:
@@ -560,25 +579,37 @@ def play_point(folder: Path, watch: Watch | None = None) -> Finished:
     before = torch.get_num_threads()
     torch.set_num_threads(experiment.runner.threads or 1)
     try:
-        if (folder / PARTITION).is_file():
-            return resume(folder, watch)
-        site = Site.load(experiment)
-        write_json(folder / PARTITION, _partition(site))
-        return _launch(site, folder, watch)
+        return resume(folder, watch)
     finally:
         torch.set_num_threads(before)
 
 
-def _is_finished(folder: Path) -> bool:
-    path = folder / SUMMARY
-    return path.is_file() and json.loads(path.read_text()).get("status") == "finished"
+def _finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
+    """Return the summary of a run that is whole; None where something is left to do or to be written anew."""
+    try:
+        summary = read_json(folder / SUMMARY)
+    except FedkdError:
+        return None
+    whole = not experiment.method.student or (folder / STUDENT).is_file()
+    return summary if summary.get("status") == "finished" and whole else None
+
+
+def _point_names(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a folder's name for each point of a sweep, no two alike."""
+    names = [_point_name(overrides) for overrides in points]
+    return [
+        name if len(name) <= MAX_NAME and names.count(name) == 1 else f"{name[: MAX_NAME - 9]}-{_short_hash(overrides)}"
+        for name, overrides in zip(names, points, strict=True)
+    ]
 
 
 def _point_name(overrides: Mapping[str, Any]) -> str:
-    if not overrides:
-        return "point"
     text = ",".join(f"{key}={value}" for key, value in overrides.items())
-    return "".join(c if c.isalnum() or c in "=,._-" else "_" for c in text)[:120]
+    return "".join(c if c.isalnum() or c in "=,._-" else "_" for c in text) or "point"
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def fresh_folder(root: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,8 +41,51 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
         os.replace(aside, path)
         sync_folder(path.parent)
     except OSError as cause:
-        aside.unlink(missing_ok=True)
+        _drop(aside)
         raise StorageError(f"cannot write {path}: {cause.strerror or cause}; the former content is kept") from cause
+    except BaseException:
+        _drop(aside)
+        raise
+
+
+def _drop(aside: Path) -> None:
+    with contextlib.suppress(OSError):
+        aside.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise StorageError(f"cannot make the folder {path}: {cause.strerror or cause}") from cause
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file of lines. A reader takes a last line that is cut short for none.
+
+    Raises:
+        StorageError: the disk is full or read-only.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as cause:
+        raise StorageError(f"cannot write {path}: {cause.strerror or cause}") from cause
+
+
+def clear_aside(*folders: Path) -> None:
+    """Remove what a process that was killed had written aside and not yet put in its place."""
+    for folder in folders:
+        for left in folder.glob(".*.part"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                _drop(left)
 
 
 def sync_folder(folder: Path) -> None:
@@ -91,15 +135,25 @@ def write_bundle(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         StorageError: the disk is full or read-only.
     """
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    manifest = (json.dumps({"sha256": sums}, indent=1) + "\n").encode()
+    write_folder(folder, {**files, MANIFEST: manifest})
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write ``folder`` with ``files`` (names may lead into folders below it) as one step; a former one is replaced.
+
+    Raises:
+        StorageError: the disk is full or read-only.
+    """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        sums = {}
         for name, data in files.items():
-            write_atomic(aside / name, data)
-            sums[name] = hashlib.sha256(data).hexdigest()
-        write_json(aside / MANIFEST, {"sha256": sums})
+            path = aside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, data)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(aside, folder)
@@ -107,6 +161,9 @@ def write_bundle(folder: Path, files: Mapping[str, bytes]) -> None:
     except (OSError, StorageError) as cause:
         shutil.rmtree(aside, ignore_errors=True)
         raise StorageError(f"cannot write {folder}: {cause}") from cause
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def read_bundle(folder: Path) -> dict[str, bytes]:

@@ -88,7 +88,12 @@ def simulate(
                 finished = sim.sweep(points, folder, announcer, jobs)
     except KeyboardInterrupt:
         announcer.close()
-        err.print("Stopped. Go on with: [bold]fedkd simulate --resume " + str(folder) + "[/bold]", highlight=False)
+        if sim.is_begun(folder):
+            err.print(
+                f"Stopped. Go on with: [bold]fedkd simulate --resume {_plain(str(folder))}[/bold]", highlight=False
+            )
+        else:
+            err.print("Stopped before the run began: there is nothing to go on with.")
         raise typer.Exit(130) from None
     finally:
         announcer.close()

@@ -7,10 +7,8 @@ newer schema). Nothing here imports torch, so that a report of ten runs opens at
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -20,6 +18,7 @@ from typing import Any, Self
 import yaml
 
 from fedkd.errors import FedkdError
+from fedkd.storage import make_folder, write_atomic
 
 SCHEMA = 1
 CONFIG_FILE = "config.yaml"
@@ -97,18 +96,8 @@ def _check_schema(content: Mapping[str, Any], path: Path) -> None:
 
 def write_text(path: Path, text: str) -> Path:
     """Write a whole file or none of it: an interrupted write leaves the earlier file as it was."""
-    # The process id keeps two writers of one folder from sharing a temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise FedkdError(
-            f"Expected to write {path}, but {problem.strerror or problem}; choose a folder you may write to."
-        ) from None
+    make_folder(path.parent)
+    write_atomic(path, text.encode())
     return path
 
 
@@ -520,20 +509,11 @@ class Sweep:
             what = "that is a single run" if is_run(path) else _what_is(path).replace(ROUNDS_FILE, SWEEP_FILE)
             raise FedkdError(f"Expected a sweep folder (one with {SWEEP_FILE}) at {path}, but {what}; give its folder.")
         content = read_json(path / SWEEP_FILE)
-        _check_schema(content, path / SWEEP_FILE)
         runs: list[Run] = []
         missing: list[str] = []
-        for point in map(_table, _items(content.get("points"))):
-            folder = PurePosixPath(str(point.get("folder", "")))
-            # A sweep that somebody sent may be unpacked anywhere, so it may name nothing outside itself.
-            if not folder.parts or folder.is_absolute() or ".." in folder.parts:
-                raise FedkdError(
-                    f"Expected a folder below the sweep in {path / SWEEP_FILE}, but found"
-                    f" {str(folder)!r}; write it"
-                    " relative to the sweep, without '..'."
-                )
+        for folder, overrides in sweep_points(path):
             if is_run(path / folder):
-                runs.append(Run.read(path / folder, _table(point.get("overrides"))))
+                runs.append(Run.read(path / folder, overrides))
             else:
                 missing.append(str(folder))
         return cls(
@@ -542,6 +522,23 @@ class Sweep:
             runs=tuple(runs),
             missing=tuple(missing),
         )
+
+
+def sweep_points(path: Path) -> list[tuple[PurePosixPath, dict[str, Any]]]:
+    """The points of the sweep in the folder `path`: the folder of each below it, and what it sets."""
+    content = read_json(path / SWEEP_FILE)
+    _check_schema(content, path / SWEEP_FILE)
+    points = []
+    for point in map(_table, _items(content.get("points"))):
+        folder = PurePosixPath(str(point.get("folder", "")))
+        # A sweep that somebody sent may be unpacked anywhere, so it may name nothing outside itself.
+        if not folder.parts or folder.is_absolute() or ".." in folder.parts:
+            raise FedkdError(
+                f"Expected a folder below the sweep in {path / SWEEP_FILE}, but found {str(folder)!r}; write it"
+                " relative to the sweep, without '..'."
+            )
+        points.append((folder, _table(point.get("overrides"))))
+    return points
 
 
 def expand(paths: Iterable[str | Path]) -> list[Run]:
