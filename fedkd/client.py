@@ -5,18 +5,22 @@ A block of devices goes through it together, so that an engine may stack them; a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fedkd.algorithms.base import Card, DeviceState, Heard, Phase
+from fedkd.algorithms.base import Card, DeviceState, Heard, Phase, View
 from fedkd.engines.base import Engine, Task
+from fedkd.errors import FedkdError
 from fedkd.messages import Heading, Reply, Request, read_request, write_reply
 from fedkd.nets import PredictorNet
-from fedkd.payloads import Nothing, Payload, PayloadError, SoftLabels
-from fedkd.predictors import learn
+from fedkd.payloads import Nothing, Payload, PayloadError
+from fedkd.predictors import learn, probabilities_of
 from fedkd.privacy.dpsgd import train_private
 from fedkd.privacy.mechanisms import Party
 from fedkd.privacy.secure.exchange import take_part, write_masked
@@ -25,6 +29,8 @@ from fedkd.records import Records, records
 from fedkd.seeding import key
 from fedkd.site import Site
 from fedkd.store import Kept, Store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Turn:
     task: Task
     answer: Payload | None = None
     refused: str | None = None
+    error: str | None = None
 
     @property
     def party(self) -> Party:
@@ -64,21 +71,38 @@ def respond(site: Site, engine: Engine, store: Store, requests: Sequence[Request
     replies = {r.client: take_part(site, store, r) for r in requests if is_message(r.body)}
     turns, refused = begin(site, store, [request for request in requests if request.client not in replies])
     replies |= refused
-    torches = [turn for turn in turns if turn.card.gradients]
-    _train(site, engine, torches)
-    # Under DP-SGD a device without records answers as well: its silence would tell that it has none.
-    speakers = [
-        turn
-        for turn in torches
-        if turn.refused is None and (len(turn.task.private) or site.method.upload is Nothing or site.mechanism.trains)
-    ]
-    for turn, payload in zip(speakers, engine.answer([t.task for t in speakers]) if speakers else [], strict=True):
-        turn.answer = payload
-    for turn in turns:
-        if not turn.card.gradients and len(turn.task.private):
-            turn.answer = _predict(site, turn)
-        replies[turn.request.client] = _finish(site, store, turn)
+    plans = _plans(site, turns)
+    _admit(site, plans)
+    for turn in _work(site, engine, store, turns, plans):
+        replies[turn.request.client] = _reply(site, store, turn)
     return [replies[request.client] for request in requests]
+
+
+def _work(site: Site, engine: Engine, store: Store, turns: list[Turn], plans: Plans) -> list[Turn]:
+    """Let devices train and answer; one that fails says so, and the others are as if it had not been there."""
+    try:
+        _train(site, engine, plans)
+        _answer(site, engine, turns)
+    except Exception as cause:
+        if len(turns) > 1:
+            # Who of a block it was cannot be told from outside. What devices had before is still in the store.
+            alone = [_again(site, store, turn) for turn in turns]
+            return [done for turn in alone for done in _work(site, engine, store, [turn], _plans(site, [turn]))]
+        (turn,) = turns
+        turn.error = _sentence(turn, cause)
+    return turns
+
+
+def _again(site: Site, store: Store, turn: Turn) -> Turn:
+    """Return a turn as it was before its device worked. What was charged for it stays charged, once."""
+    ((fresh,), _) = begin(site, store, [turn.request])
+    fresh.refused = turn.refused
+    return fresh
+
+
+def _sentence(turn: Turn, cause: Exception) -> str:
+    log.debug("device %d failed in round %d", turn.card.id, turn.heading.round, exc_info=cause)
+    return " ".join("".join(traceback.format_exception_only(cause)).split())
 
 
 def begin(site: Site, store: Store, requests: Sequence[Request]) -> tuple[list[Turn], dict[int, Reply]]:
@@ -131,12 +155,17 @@ def _begin(
     return Turn(request, card, kept, head, task)
 
 
-def _train(site: Site, engine: Engine, turns: Sequence[Turn]) -> None:
-    """Run the phases; devices whose plans are equal in outline go through them side by side."""
-    plans: dict[tuple[str, ...], list[Turn]] = {}
-    phases: dict[tuple[str, ...], tuple[Phase, ...]] = {}
+Plans = list[tuple[tuple[Phase, ...], list[Turn]]]
+"""Phases, and the devices that go through them side by side: those whose plans are equal in outline."""
+
+
+def _plans(site: Site, turns: Sequence[Turn]) -> Plans:
+    """Ask the method for the plans of all devices that have gradients."""
+    members: dict[tuple[str, ...], tuple[tuple[Phase, ...], list[Turn]]] = {}
     known: dict[int, tuple[Phase, ...]] = {}
     for turn in turns:
+        if not turn.card.gradients:
+            continue
         heard = turn.task.heard
         # Devices without a memory that share a message have heard the same.
         plan = known.get(id(heard.knowledge)) if not heard.memory else None
@@ -145,32 +174,88 @@ def _train(site: Site, engine: Engine, turns: Sequence[Turn]) -> None:
             if not heard.memory:
                 known[id(heard.knowledge)] = plan
         outline = tuple(f"{p.name}/{p.data}/{p.settings}/{'+'.join(p.trains)}" for p in plan)
-        plans.setdefault(outline, []).append(turn)
-        phases[outline] = plan
-    for outline, members in plans.items():
-        refused = site.mechanism.admit(phases[outline], [turn.party for turn in members])
+        members.setdefault(outline, (plan, []))[1].append(turn)
+    return list(members.values())
+
+
+def _admit(site: Site, plans: Plans) -> None:
+    """Charge what devices are about to do, and note whom the mechanism refuses."""
+    for plan, members in plans:
+        refused = site.mechanism.admit(plan, [turn.party for turn in members])
         for turn in members:
             turn.refused = refused.get(turn.card.id)
-        for phase in phases[outline]:
+
+
+def _train(site: Site, engine: Engine, plans: Plans) -> None:
+    """Run the phases."""
+    for plan, members in plans:
+        for phase in plan:
             if phase.data == "private" and site.mechanism.trains:
                 train_private(engine, phase, [turn.task for turn in members if turn.refused is None])
             else:
                 engine.train(phase, [turn.task for turn in members])
 
 
+def _answer(site: Site, engine: Engine, turns: Sequence[Turn]) -> None:
+    # Under DP-SGD a device without records answers as well: its silence would tell that it has none.
+    speakers = [
+        turn
+        for turn in turns
+        if turn.card.gradients
+        and turn.refused is None
+        and (len(turn.task.private) or site.method.upload is Nothing or site.mechanism.trains)
+    ]
+    for turn, payload in zip(speakers, engine.answer([t.task for t in speakers]) if speakers else [], strict=True):
+        turn.answer = payload
+    for turn in turns:
+        if not turn.card.gradients and len(turn.task.private):
+            try:
+                turn.answer = _predict(site, turn)
+            except Exception as cause:
+                turn.error = _sentence(turn, cause)
+
+
 def _predict(site: Site, turn: Turn) -> Payload:
     """Let a client without gradients learn and answer."""
-    predictor = site.architecture(turn.card.architecture).build(key(site.experiment.seed, "predictor", turn.card.id))
-    x, y = turn.task.private.all()
-    assert y is not None
-    taught = turn.heading.knowledge if isinstance(turn.heading.knowledge, SoftLabels) else None
-    teach = turn.task.teach.all()[0].numpy() if turn.task.teach is not None and taught is not None else None
-    fitted = learn(predictor, (x.numpy(), y.numpy()), teach, taught)
-    net = PredictorNet(fitted, site.classes, site.dtype)
-    from fedkd.algorithms.base import View
+    task = turn.task
+    taught = None if task.teach is None else probabilities_of(turn.heading.knowledge)
+    if taught is not None and task.teach is not None:
+        # A learner is no tensors, so that what it learnt from is kept instead: it can be fitted again from that.
+        task.state = replace(task.state, memory={"taught": taught, "proxy": torch.from_numpy(turn.heading.teach)})
+    net = fit_predictor(site, turn.card, task.state.memory)
+    public = None if task.ask is None else task.ask.all()[0]
+    return site.method.answer(net, View(private=None, public=public, classes=site.classes), task.heard)
 
-    public = None if turn.task.ask is None else turn.task.ask.all()[0]
-    return site.method.answer(net, View(private=None, public=public, classes=site.classes), turn.task.heard)
+
+def fit_predictor(site: Site, card: Card, memory: Mapping[str, Tensor]) -> PredictorNet:
+    """Let a client without gradients learn from its own records, and from the labels that it was last taught.
+
+    Args:
+        memory: what the device kept: ``taught`` [N, C], class probabilities, and ``proxy`` [N], the samples' positions.
+    """
+    predictor = site.architecture(card.architecture).build(key(site.experiment.seed, "predictor", card.id))
+    x, y = site.private(card.id).all()
+    assert y is not None
+    public = None
+    if "taught" in memory and site.proxy_pool is not None:
+        public = records(site.proxy_pool, memory["proxy"].numpy()).all()[0].numpy()
+    fitted = learn(predictor, (x.numpy(), y.numpy()), public, memory.get("taught"))
+    return PredictorNet(fitted, site.classes, site.dtype)
+
+
+def _reply(site: Site, store: Store, turn: Turn) -> Reply:
+    """Return what goes up, or why nothing does. A disk that fails is no device's fault, and ends the run."""
+    request = turn.request
+    if turn.error is None:
+        try:
+            return _finish(site, store, turn)
+        except PayloadError as cause:
+            turn.error = f"answer refused ({cause.reason}): {cause}"
+        except FedkdError:
+            raise
+        except Exception as cause:
+            turn.error = _sentence(turn, cause)
+    return Reply(request.client, request.round, None, turn.error)
 
 
 def _finish(site: Site, store: Store, turn: Turn) -> Reply:

@@ -1,4 +1,7 @@
-"""Clients that are no torch models: any object with ``fit`` and ``predict_proba``, scikit-learn's included."""
+"""Clients that are no torch models: any object with ``predict_proba``, scikit-learn's included.
+
+One without ``fit`` answers as it is: it was trained elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from fedkd.payloads import SoftLabels
+from fedkd.payloads import Logits, Payload, SoftLabels
 
 
 class Constant:
@@ -23,27 +27,49 @@ class Constant:
         return np.tile(self._share, (len(x), 1))
 
 
+def probabilities_of(knowledge: Payload) -> Tensor | None:
+    """Return what a teacher said of the proxy samples, as class probabilities [N, C]; None if it said nothing of them."""
+    if isinstance(knowledge, SoftLabels):
+        return knowledge.labels
+    return knowledge.logits.softmax(-1) if isinstance(knowledge, Logits) else None
+
+
 def learn(
     predictor: Any,
     private: tuple[NDArray[np.generic], NDArray[np.int64]],
     public: NDArray[np.generic] | None,
-    taught: SoftLabels | None,
+    taught: Tensor | None,
 ) -> Any:
-    """Fit on own records and, where a teacher has spoken, on the proxy samples under its most likely labels.
+    """Return what has learnt from own records and, where a teacher has spoken, from the proxy samples' likeliest labels.
 
     A predictor has no gradient to distil by; the teacher's top label with its probability as the sample's weight is the
     part of soft labels that ``fit(X, y, sample_weight)`` can take. Without ``sample_weight`` every sample counts alike.
+
+    Args:
+        public, taught: proxy samples [N, ...] and class probabilities [N, C], or None.
     """
+    if not hasattr(predictor, "fit"):
+        return predictor
     x, y = private
     x, y = x.reshape(len(x), -1), y.astype(np.int64)
     weight = np.ones(len(y))
     if public is not None and taught is not None:
-        top = taught.labels.max(dim=-1)
+        top = taught.max(dim=-1)
         x = np.concatenate([x, public.reshape(len(public), -1)])
         y = np.concatenate([y, top.indices.numpy()])
         weight = np.concatenate([weight, top.values.numpy().astype(np.float64)])
     if len(np.unique(y)) < 2:
         return Constant(y)
-    if "sample_weight" in inspect.signature(predictor.fit).parameters:
-        return predictor.fit(x, y, sample_weight=weight)
-    return predictor.fit(x, y)
+    # What `fit` returns is scikit-learn's custom and nobody's duty.
+    if _takes_weights(predictor):
+        predictor.fit(x, y, sample_weight=weight)
+    else:
+        predictor.fit(x, y)
+    return predictor
+
+
+def _takes_weights(predictor: Any) -> bool:
+    try:
+        return "sample_weight" in inspect.signature(predictor.fit).parameters
+    except (TypeError, ValueError):
+        return False

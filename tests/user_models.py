@@ -126,3 +126,48 @@ def wide(shape: tuple[int, ...], classes: int) -> nn.Module:
         nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(45, 16), nn.ReLU(),
     )  # fmt: skip
     return nn.Sequential(body, nn.Linear(16, classes))
+
+
+class Elsewhere:
+    """Trained elsewhere: answers, and has no ``fit``."""
+
+    def predict_proba(self, x: NDArray[Any]) -> NDArray[Any]:
+        found = np.full((len(x), 10), 0.05)
+        found[:, 3] = 0.55
+        return found
+
+
+ELSEWHERE = Elsewhere()
+"""One such object, to be named by its path."""
+
+
+class Silent(Unlucky):
+    """Its ``fit`` returns nothing, as nobody promised that it would."""
+
+    def fit(self, x: NDArray[Any], y: NDArray[Any]) -> None:  # type: ignore[override]
+        self.inner = LogisticRegression(max_iter=50).fit(x, y)
+        self.classes_ = self.inner.classes_
+
+
+class Refuses:
+    """Cannot be fitted."""
+
+    def fit(self, x: NDArray[Any], y: NDArray[Any]) -> Self:
+        raise ValueError("the licence has ended")
+
+    def predict_proba(self, x: NDArray[Any]) -> NDArray[Any]:
+        raise NotImplementedError
+
+
+class GivesNaN(Elsewhere):
+    """Answers with what is no probability."""
+
+    def predict_proba(self, x: NDArray[Any]) -> NDArray[Any]:
+        return np.full((len(x), 10), np.nan)
+
+
+class TooWide(Elsewhere):
+    """Knows a class that nobody else does."""
+
+    def predict_proba(self, x: NDArray[Any]) -> NDArray[Any]:
+        return np.full((len(x), 11), 1 / 11)

@@ -3,11 +3,13 @@
 An architecture is named by a string: a registered name (``mlp``), a name with options (``mlp(hidden=[200, 200])``), or
 ``package.module:Factory``. A factory is called as ``factory(shape, classes)`` with the input shape without the batch, or
 without arguments where it takes none (scikit-learn's classifiers); it returns a ``torch.nn.Module`` that maps [B, *shape]
-to logits [B, C], or any object with ``fit`` and ``predict_proba``.
+to logits [B, C], or any object with ``predict_proba``. The path may also lead to such an object itself. One without
+``fit`` was trained elsewhere and answers as it is.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -177,6 +179,9 @@ def resolve(name: str) -> Callable[[tuple[int, ...], int], Any]:
             raise ConfigError(f"model {base!r} cannot be imported: {cause}") from cause
         if inspect.isclass(factory) and hasattr(factory, "predict_proba"):
             return lambda shape, classes: factory(**options)
+        if hasattr(factory, "predict_proba"):
+            # An object that was made, and perhaps trained, elsewhere. A copy for each device, which may fit it.
+            return lambda shape, classes: copy.deepcopy(factory)
     return lambda shape, classes: factory(shape, classes, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkd.client import respond
+from fedkd.algorithms.base import Card, DeviceState
+from fedkd.client import fit_predictor, respond
 from fedkd.engines.base import Engine, SerialEngine
 from fedkd.engines.stacked import StackedEngine
 from fedkd.errors import ConfigError
@@ -19,6 +21,8 @@ from fedkd.messages import Reply, Request
 from fedkd.site import Site
 from fedkd.store import MemoryStore, Store
 from fedkd.virtual.work import work
+
+log = logging.getLogger(__name__)
 
 SLICE = 256
 """Devices that go through the procedure together at most; bounds the memory of states in flight."""
@@ -141,7 +145,7 @@ def inspect(site: Site, engine: Engine, store: Store, clients: Sequence[int], ro
             ensemble += scores.softmax(-1).numpy()
     for i, card in enumerate(cards):
         if not card.gradients:
-            scores = _predictor_scores(site, card.id, x)
+            scores = _predictor_scores(site, card, store.load(card.id, round).state, x)
             correct[i] = count_correct(scores, labels, site.classes)
             ensemble += scores.softmax(-1).numpy()
     return Inspection(correct, ensemble / max(len(clients), 1))
@@ -154,19 +158,12 @@ def count_correct(scores: Tensor, labels: Tensor, classes: int) -> NDArray[np.in
     return found
 
 
-def _predictor_scores(site: Site, client: int, x: Tensor) -> Tensor:
-    """A client without gradients is judged by what it learns from its own records: it keeps no state between rounds."""
-    from fedkd.nets import PredictorNet
-    from fedkd.predictors import learn
-    from fedkd.seeding import key
-
-    records = site.private(client)
-    if not len(records):
-        return torch.zeros(len(x), site.classes, dtype=site.dtype)
-    own, labels = records.all()
-    assert labels is not None
-    seed = key(site.experiment.seed, "predictor", client)
-    fitted = learn(
-        site.architecture(site.cards[client].architecture).build(seed), (own.numpy(), labels.numpy()), None, None
-    )
-    return PredictorNet(fitted, site.classes, site.dtype)(x)
+def _predictor_scores(site: Site, card: Card, state: DeviceState | None, x: Tensor) -> Tensor:
+    """Return what a client without gradients makes of ``x`` [N, C] by what it last learnt from."""
+    if len(site.private(card.id)):
+        try:
+            return fit_predictor(site, card, state.memory if state is not None else {})(x)
+        except Exception as cause:
+            # In a round its failure is quarantined with the reason; here it is as good as one that knows nothing.
+            log.debug("device %d cannot be looked at", card.id, exc_info=cause)
+    return torch.zeros(len(x), site.classes, dtype=site.dtype)
