@@ -9,8 +9,7 @@ class FedkdError(Exception):
 
 
 class ConfigError(FedkdError, ValueError):
-    """A setting that cannot work. Also a `ValueError`, so pydantic reports it with the place of the "
-    "setting."""
+    """A setting that cannot work. Also a `ValueError`, so that pydantic reports it with the place of the setting."""
 
 
 class DataError(FedkdError):

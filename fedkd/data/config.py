@@ -1,5 +1,5 @@
-"""The `data:`, `partition:` and `proxy:` sections of an experiment: frozen, validated before any record is "
-"read."""
+"""The `data:`, `partition:` and `proxy:` sections of an experiment: frozen, validated before any record is
+read."""
 
 from pathlib import Path
 from typing import Literal, Self

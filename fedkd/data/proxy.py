@@ -36,8 +36,8 @@ def _canonical(x: NDArray[np.generic]) -> NDArray[np.generic]:
 
 
 def identity_of(x: NDArray[np.generic]) -> str:
-    """SHA-256 (hex) over type, shape and bytes of the inputs: equal exactly for equal inputs in equal "
-    "order."""
+    """SHA-256 (hex) over type, shape and bytes of the inputs: equal exactly for equal inputs in equal
+    order."""
     x = _canonical(x)
     head = json.dumps([x.dtype.str, list(x.shape)]).encode()
     hasher = hashlib.sha256(struct.pack("<I", len(head)) + head)
@@ -46,8 +46,8 @@ def identity_of(x: NDArray[np.generic]) -> str:
 
 
 def encode_inputs(x: NDArray[np.generic], y: NDArray[np.int64] | None = None) -> bytes:
-    """Inputs (and labels) as they travel once to a device: magic, length of a JSON header, header, zlib "
-    "body."""
+    """Inputs (and labels) as they travel once to a device: magic, length of a JSON header, header, zlib
+    body."""
     arrays = [_canonical(x)] + ([] if y is None else [_canonical(y)])
     header = json.dumps([[array.dtype.str, list(array.shape)] for array in arrays]).encode()
     body = zlib.compress(b"".join(array.tobytes() for array in arrays), 6)
@@ -128,8 +128,8 @@ class ProxySet:
         return tuple(self.x.shape[1:])
 
     def inputs(self, index: Index | None = None) -> NDArray[np.float32]:
-        """Model inputs float32 [n, *shape]; DataError if they are to be scaled and `standardise` was not "
-        "called."""
+        """Model inputs float32 [n, *shape]; DataError if they are to be scaled and `standardise` was not
+        called."""
         if self.private:
             raise DataError(
                 "data.normalise is `per_client` but the proxy set has not been scaled yet: call "

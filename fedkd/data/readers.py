@@ -116,8 +116,8 @@ def read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
 
 
 def read_idx_pair(images: Path, labels: Path, classes: int) -> Part:
-    """Images [N, 1, height, width] and labels [N] of two IDX files; DataError if their counts or range "
-    "differ."""
+    """Images [N, 1, height, width] and labels [N] of two IDX files; DataError if their counts or range
+    differ."""
     x, y = read_idx(images, 3), read_idx(labels, 1)
     if len(x) != len(y):
         raise DataError(f"{images} holds {len(x)} images but {labels} holds {len(y)} labels: they are not of one set")
@@ -321,8 +321,8 @@ def _read_frame(path: Path, config: DataConfig) -> Any:
 
 
 def frame_to_records(frames: list[Any], config: DataConfig, name: str) -> Records:
-    """Records of one pandas frame (train) or two (train, test); every feature column must be numeric or in "
-    "one_hot."""
+    """Records of one pandas frame (train) or two (train, test); every feature column must be numeric or in
+    one_hot."""
     first = frames[0]
     columns = [str(column) for column in first.columns]
     for role, column in (("label", config.label), ("client", config.client)):
@@ -536,8 +536,8 @@ OpenSplit = Callable[[str], Any]
 
 
 def _open_hub(config: DataConfig) -> OpenSplit:
-    """`name -> split` of a data set on the hub, by flwr-datasets; from the local cache unless download is "
-    "set."""
+    """`name -> split` of a data set on the hub, by flwr-datasets; from the local cache unless download is
+    set."""
     # Set before the import, because the package asks for consent to telemetry nowhere else.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     try:

@@ -11,8 +11,8 @@ from fedkd.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Part:
-    """Raw records of one part (train or test): x uint8 or float32 [N, *shape], y int64 [N], natural int64 "
-    "[N]."""
+    """Raw records of one part (train or test): x uint8 or float32 [N, *shape], y int64 [N], natural int64
+    [N]."""
 
     x: NDArray[np.generic]
     y: NDArray[np.int64]
@@ -90,8 +90,8 @@ def encode_labels(
 
 
 def encode_clients(values: NDArray[np.generic], where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Natural client numbers int64 [N] and their names, in sorted order of the values. Raises DataError if "
-    "missing."""
+    """Natural client numbers int64 [N] and their names, in sorted order of the values. Raises DataError if
+    missing."""
     if values.dtype.kind in "OUST":
         if any(value is None or value != value for value in values):
             raise DataError(f"{where}: some records name no client: every record needs one")

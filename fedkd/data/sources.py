@@ -162,8 +162,8 @@ def _held_out(part: Part, fraction: float, rng: np.random.Generator) -> tuple[ND
 
 
 def _share(groups: list[NDArray[np.int64]], total: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """`total` members drawn from the groups in proportion to their sizes (largest remainder, ties by "
-    "chance)."""
+    """`total` members drawn from the groups in proportion to their sizes (largest remainder, ties by
+    chance)."""
     sizes = np.array([len(group) for group in groups])
     exact = total * sizes / sizes.sum()
     counts = np.floor(exact).astype(int)
