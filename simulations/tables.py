@@ -10,7 +10,7 @@ from typing import Any
 from fedkd.experiment import load
 from fedkd.report.runfolder import expand as expand_runs
 from fedkd.report.runfolder import group_seeds
-from fedkd.simulate import sweep, versions
+from fedkd.simulate import git_revision, sweep, versions
 
 HERE = Path(__file__).resolve().parent
 
@@ -60,5 +60,5 @@ def percent(value: dict[str, Any] | None) -> str:
 
 
 def made_with() -> dict[str, str]:
-    """Return the versions behind a table."""
-    return versions()
+    """Return the versions behind a table, and the revision that made it, with ``+`` if files were changed."""
+    return versions() | {"git_revision": git_revision() or "unknown"}
