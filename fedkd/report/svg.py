@@ -514,7 +514,9 @@ def partition_chart(
     bubbles = len(columns) <= 40 and len(rows) <= 25
     longest = max(len(class_names[row]) for row in rows)
     left = min(150.0, max(34.0, 6.3 * longest + 12))
-    cell_x = min(60.0, (width - left - _RIGHT) / len(columns))
+    widest = 6.4 * max(len(client_names[client]) for client in columns)
+    # Few devices with long names, such as hospitals, get wider columns, so that the names fit.
+    cell_x = min(max(60.0, min(widest, 120.0)), (width - left - _RIGHT) / len(columns))
     cell_y = max(7.0, min(24.0, 380 / len(rows)))
     bars, top = 46.0, 62.0
     bottom = top + cell_y * len(rows)
@@ -580,7 +582,7 @@ def partition_chart(
         )
         for shade in sorted(shades):
             parts.append(f'<path d="{"".join(shades[shade])}" fill="var(--c0)" fill-opacity="{shade / 10:g}"/>')
-    fits = cell_x >= 6.4 * max(len(client_names[client]) for client in columns)
+    fits = cell_x >= widest
     if fits:
         for place, client in enumerate(columns):
             text(left + cell_x * (place + 0.5), bottom + 16, client_names[client], "middle")
