@@ -34,6 +34,16 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, raw: Any) -> Any:
+        """Refuse `rounds: true`, which would be read as 1."""
+        for name, value in raw.items() if isinstance(raw, Mapping) else ():
+            wanted = cls.model_fields[name].annotation if name in cls.model_fields else None
+            if isinstance(value, bool) and {wanted, *get_args(wanted)} & {int, float}:
+                raise ConfigError(f"{name} is {str(value).lower()}, expected a number")
+        return raw
+
 
 class OptimizerConfig(Section):
     """A first-order optimiser."""

@@ -120,6 +120,7 @@ class Rounds:
         self.population = site.experiment.population
         self.wanted = max(1, round_half_up(self.population.participation * len(site.cards)))
         self._remembers = self.population.stalest > 0 and type(self.method).catch_up is not Algorithm.catch_up
+        self._seen: tuple[int, Inspection | None] | None = None
         virtual = site.experiment.virtual
         self.world = None if virtual is None else World(virtual, site.experiment.seed, len(site.cards))
 
@@ -551,7 +552,7 @@ class Rounds:
         if "student" in progress.state.models and (last or (round + 1) % evaluation.every == 0):
             found["student_accuracy"] = float(self.student_correct(progress.state).sum() / len(self.site.test))
         due = evaluation.clients_every is not None and (round + 1) % evaluation.clients_every == 0
-        if due and not last:
+        if due or last:
             seen = self.inspect(progress.state)
             if seen is not None:
                 known = dict(zip(self.evaluated, seen.correct.sum(1) / len(self.site.test), strict=True))
@@ -563,6 +564,11 @@ class Rounds:
 
     def inspect(self, state: ServerState) -> Inspection | None:
         """Look at the models of :attr:`evaluated`; where devices keep none, at the server's that they would adopt."""
+        if self._seen is None or self._seen[0] != state.round:
+            self._seen = state.round, self._inspect(state)
+        return self._seen[1]
+
+    def _inspect(self, state: ServerState) -> Inspection | None:
         if "model" not in self.method.keeps and "student" in state.models:
             correct = np.tile(self.student_correct(state), (len(self.evaluated), 1))
             return Inspection(correct, self.student_probabilities(state))

@@ -52,6 +52,8 @@ CONFIG, ROWS, SUMMARY, PARTITION, SWEEP = "config.yaml", "rounds.jsonl", "summar
 STUDENT, CHECKPOINTS, STATES = "student.safetensors", "checkpoints", "states"
 MAX_NAME = 120
 """Characters of a point's folder; file systems allow 255 bytes."""
+LOST = 0.2
+"""A student that recognises fewer of a class's test records than this has as good as lost the class."""
 
 Watch = Callable[[Mapping[str, Any], int], None]
 """Called after every round with its record and the number of rounds wanted."""
@@ -375,6 +377,7 @@ def _summary(site: Site, rounds: Rounds, progress: Progress, folder: Path, secon
         }
         per_client.append(one)
     rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+    recall = _recall(rounds, progress, totals)
     result = _stopped(site, rounds.runner, progress, "finished")
     devices = len(site.cards)
     result |= {
@@ -385,11 +388,12 @@ def _summary(site: Site, rounds: Rounds, progress: Progress, folder: Path, secon
             "local_only": _mean(list(alone.values())),
             "ensemble": None if seen is None else rounds.ensemble_accuracy(seen),
         },
+        "student_per_class": recall,
         "per_client": per_client,
         "bytes_up_per_device": progress.bytes_up / devices,
         "bytes_down_per_device": (progress.bytes_down + result["bytes_proxy"]) / devices,
         "seconds": seconds,
-        "notes": _notes(rows) + _sampled(len(accuracies), devices),
+        "notes": _notes(rows) + _sampled(len(accuracies), devices) + _codec(site.experiment) + _lost(site, recall),
     }
     return result
 
@@ -406,6 +410,36 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if refused:
         notes.append(f"{len(refused)} answers were quarantined, the first: {refused[0]['message']}")
     return notes
+
+
+def _recall(rounds: Rounds, progress: Progress, totals: NDArray[np.int64]) -> list[float | None] | None:
+    """Return the share of each class's test records that the student recognises; None for a class without any."""
+    if "student" not in progress.state.models:
+        return None
+    correct = rounds.student_correct(progress.state)
+    return [float(hit / of) if of else None for hit, of in zip(correct, totals, strict=True)]
+
+
+def _lost(site: Site, recall: Sequence[float | None] | None) -> list[str]:
+    """Tell of classes that the student hardly knows: the mean hides them."""
+    lost = [c for c, share in enumerate(recall or ()) if share is not None and share < LOST]
+    if not lost:
+        return []
+    names, counts = site.federation.split.train.class_names, site.federation.counts
+    told = ", ".join(
+        f"{names[c] if names else c} ({100 * (recall or ())[c]:.0f} %, {int((counts[:, c] > 0).sum())} holders)"  # type: ignore[operator]
+        for c in lost
+    )
+    return [f"the student hardly recognises some classes (share of their test records; devices that hold them): {told}"]
+
+
+def _codec(experiment: Experiment) -> list[str]:
+    """Tell where a run in float64 sends more than the method's own codec would."""
+    own, chosen = experiment.method.codecs, (experiment.codec.up, experiment.codec.down)
+    left = sorted({o for o, c in zip(own, chosen, strict=True) if c == "auto" and o != "auto"})
+    if experiment.dtype != "float64" or not left:
+        return []
+    return [f"dtype float64 sends float64 instead of the method's own codec ({', '.join(left)}): name it in codec.up"]
 
 
 def _sampled(looked_at: int, devices: int) -> list[str]:
@@ -443,7 +477,7 @@ def _local_only(site: Site, clients: Sequence[int], folder: Path) -> dict[int, f
         runner = Only(LocalRunner(neighbour, make_engine(neighbour, kind), store), clients)
         rounds = Rounds(neighbour, runner, run="local")
         progress = rounds.play(rounds.begin(), lambda progress, record: None)
-        seen = runner.inspect(clients, progress.state.round)
+        seen = rounds.inspect(progress.state)
         store.close()
     assert seen is not None
     return dict(zip(clients, (float(a) for a in seen.correct.sum(1) / len(site.test)), strict=True))

@@ -89,7 +89,8 @@ def test_a_sweep_interrupted_at_any_write_ends_as_if_it_had_not_been(phase: int,
     points = load(path, ["seed=1,2"])
     whole = simulate.sweep(points, tmp_path / "whole", jobs=1)
     hits = 0
-    for at in range(1, MOST):
+    # The first writes are the sweep's own; those of its points are as a run's.
+    for at in (*range(1, 6), *range(6, MOST, 4)):
         folder = tmp_path / f"sweep-{at}"
         try:
             with interrupted(at, after=bool((at + phase) % 2)):
@@ -104,7 +105,7 @@ def test_a_sweep_interrupted_at_any_write_ends_as_if_it_had_not_been(phase: int,
         for mine, other in zip(done, whole, strict=True):
             assert everything(mine.folder) == everything(other.folder)
         assert (folder / "summary.json").is_file()
-    assert 5 < hits < MOST - 1
+    assert 6 < hits < 5 + (MOST - 6) // 4
 
 
 def test_a_student_that_is_gone_is_written_anew(tmp_path: Path) -> None:

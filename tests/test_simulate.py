@@ -174,7 +174,8 @@ def test_a_run_folder_is_what_the_documentation_says(tmp_path: Path) -> None:
     proxy = json.loads((folder / "partition.json").read_text())["proxy"]
     assert summary["bytes_proxy"] == 6 * proxy["bytes"]
     assert summary["accuracy"]["student"] == found[-1]["student_accuracy"]
-    assert [row["clients_accuracy"] is not None for row in found] == [False, True, False, True, False]
+    assert [row["clients_accuracy"] is not None for row in found] == [False, True, False, True, True]
+    assert found[-1]["clients_accuracy"] == [c["accuracy"] for c in summary["per_client"]]
     assert validate(simulate.read_yaml(folder / "config.yaml")).rounds == 5
 
 
@@ -208,9 +209,50 @@ def test_a_sweep_resumes_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_local_only_is_what_the_local_method_gives(tmp_path: Path) -> None:
-    """The baseline beside every run is the method ``local`` with the same settings, not a shortcut."""
-    beside = simulate.start(experiment("ds_fl", evaluation={}), tmp_path / "a").summary
-    alone = simulate.start(experiment("local", evaluation={}), tmp_path / "b").summary
-    # ds_fl holds out a proxy set, so that the devices of `local` must be given the same records.
-    assert beside["accuracy"]["local_only"] is not None and alone["accuracy"]["local_only"] is None
-    assert [c["local_only"] for c in beside["per_client"]] != [c["accuracy"] for c in beside["per_client"]]
+    """The baseline beside every run is the method ``local`` on the same records, not a shortcut."""
+    wanted = experiment("ds_fl", evaluation={})
+    site = simulate.Site.load(wanted)
+    beside = simulate.play(site, _runner(site), _folder(tmp_path / "a", wanted)).summary
+    # `local` takes no proxy set, so that by itself it would deal other records: it is given the same ones.
+    alone = simulate.Site(experiment("local", evaluation={}, training=CASES["ds_fl"]["training"]), site.federation)
+    told = simulate.play(alone, _runner(alone), _folder(tmp_path / "b", alone.experiment)).summary
+    assert told["accuracy"]["local_only"] is None
+    assert [c["local_only"] for c in beside["per_client"]] == [c["accuracy"] for c in told["per_client"]]
+    assert len({c["accuracy"] for c in told["per_client"]}) > 1
+
+
+def _runner(site: simulate.Site) -> simulate.LocalRunner:
+    return simulate.LocalRunner(site, simulate.make_engine(site, "stacked"))
+
+
+def _folder(path: Path, wanted: Experiment) -> Path:
+    path.mkdir()
+    (path / "config.yaml").write_text(wanted.dump())
+    return path
+
+
+def test_how_often_a_run_is_looked_at_changes_nothing(tmp_path: Path) -> None:
+    """Batch normalisation has modes and statistics that an evaluation must leave as they were."""
+    more = {"rounds": 3, "models": {"student": "cnn", "devices": ["cnn"]}, "proxy_per_round": 50}
+    often = simulate.start(
+        experiment("cfd", **more, evaluation={"every": 1, "clients_every": 1}), tmp_path / "a" / "run"
+    )
+    seldom = simulate.start(experiment("cfd", **more, evaluation={"every": 3}), tmp_path / "b" / "run")
+    names = ("student.safetensors", "partition.json")
+    assert all((often.folder / n).read_bytes() == (seldom.folder / n).read_bytes() for n in names)
+    assert often.summary["accuracy"] == seldom.summary["accuracy"]
+
+
+def test_a_lost_class_is_told_of(tmp_path: Path) -> None:
+    done = simulate.start(experiment("ds_fl", rounds=1), tmp_path / "run")
+    shares = done.summary["student_per_class"]
+    site = simulate.Site.load(experiment("ds_fl", rounds=1))
+    assert site.test.y is not None and len(shares) == 10
+    totals = site.test.y.bincount(minlength=10)
+    mean = sum(share * int(of) for share, of in zip(shares, totals, strict=True)) / int(totals.sum())
+    assert mean == pytest.approx(done.summary["accuracy"]["student"])
+    lost = [c for c, share in enumerate(shares) if share < simulate.LOST]
+    told = " ".join(done.summary["notes"])
+    assert lost and all(f"{c} ({100 * shares[c]:.0f} %, " in told for c in lost), told
+    notes = simulate._codec(experiment("cfd", dtype="float64")), simulate._codec(experiment("cfd"))
+    assert "simplex:1" in notes[0][0] and notes[1] == []

@@ -51,6 +51,23 @@ def split(words: list[str] | None) -> tuple[Path | None, list[str]]:
     return path, words
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fedkd import __version__
+
+        print(f"fedkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command as a whole."""
+
+
 @app.command()
 def simulate(
     words: Overrides = None,
@@ -99,11 +116,21 @@ def simulate(
         announcer.close()
     if len(finished) == 1:
         tell(finished[0].summary, folder)
+        _check_worked(finished[0].folder)
     else:
         from fedkd.report.compare import compare as show
 
         show([folder], out)
         out.print(f"Sweep: {folder}", highlight=False)
+
+
+def _check_worked(folder: Path) -> None:
+    """A run in which no round had a result is an error, although it came to its end."""
+    from fedkd.report.runfolder import Run
+
+    rounds = Run.read(folder).rounds
+    if rounds and all(row.failed for row in rounds):
+        raise FedkdError(f"every round failed, the last because: {rounds[-1].failed}")
 
 
 def tell(summary: Mapping[str, Any], folder: Path) -> None:

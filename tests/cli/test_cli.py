@@ -133,3 +133,21 @@ def test_a_class_that_nobody_holds_is_said_and_works_on(capsys: pytest.CaptureFi
     words = ["partition.kind=classes", "partition.clients=3", "partition.classes_per_client=2"]
     assert fedkd("simulate", "rounds=1", "proxy.size=60", *words) == 0
     assert "no device holds a record of class" in capsys.readouterr().err
+
+
+def test_the_version_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedkd import __version__
+
+    assert fedkd("--version") == 0
+    assert capsys.readouterr().out.strip() == f"fedkd {__version__}"
+
+
+def test_a_run_in_which_every_round_failed_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert fedkd("simulate", *QUICK, "evaluation.local_only=false", "population.minimum=5", "--out", "a") == 2
+    assert "every round failed" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "a/summary.json").is_file()
+
+
+def test_true_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedkd("simulate", "rounds=true") == 2
+    assert "rounds is true, expected a number" in capsys.readouterr().err
