@@ -47,7 +47,10 @@ def test_the_commands_that_the_readme_names_exist() -> None:
     commands = {
         w[1] for line in re.findall(r"^fedkd .*$", text, re.MULTILINE) if len(w := shlex.split(line, comments=True)) > 1
     }
-    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} | {"config"}
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    known |= {
+        str(group.name or group.typer_instance.info.name) for group in app.registered_groups if group.typer_instance
+    }
     assert commands and commands <= known
 
 
