@@ -120,7 +120,7 @@ class PrivacyConfig(BaseModel):
                 f"privacy.secure_sum lets the server see the sum of all answers alone, but {reason}. Robust aggregation and "
                 "secure sums exclude each other: choose one"
             )
-        if population.staleness.limit not in (None, 0):
+        if _mixes_rounds(population):
             raise ConfigError("privacy.secure_sum adds up the answers of one round: set population.staleness.limit=0")
         if self.sampling == "poisson":
             raise ConfigError("privacy.secure_sum names the cohort to every device in it: set privacy.sampling=fixed")
@@ -172,3 +172,9 @@ class PrivacyConfig(BaseModel):
                 "privacy.sampling poisson keeps the number of clients secret, and a round that fails for want of "
                 "answers would tell it: set population.minimum=1"
             )
+
+
+def _mixes_rounds(population: PopulationConfig) -> bool:
+    """Tell whether answers to older rounds may come into a round's sum."""
+    limit = population.staleness.limit
+    return bool(limit) or (limit is None and population.buffer is not None)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from torch import Tensor
 
-_CHUNK = 1 << 15
+_CHUNK = 1 << 17
 _ZEROS = bytes(8 * _CHUNK)
 _SCALE = 2.0**-32
 

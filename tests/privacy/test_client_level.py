@@ -205,6 +205,14 @@ def test_methods_whose_uploads_do_not_fit_are_refused(kind: str) -> None:
             validate({"algorithm": algorithm, "privacy": {"kind": kind, "epsilon": 4}})
 
 
+@pytest.mark.parametrize("population", [{"staleness": {"limit": 2}}, {"buffer": 3}], ids=str)
+def test_answers_of_older_rounds_are_kept_out_of_a_sum(population: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"staleness\.limit=0"):
+        validate(
+            {"algorithm": "ds_fl", "virtual": {}, "population": population, "privacy": {"kind": "labels", "epsilon": 4}}
+        )
+
+
 def test_projection_finds_the_nearest_probabilities() -> None:
     rows = torch.randn(200, 6, dtype=torch.float64) * 2
     found = project_simplex(rows)
