@@ -19,6 +19,7 @@ from fedkd.engines.stacked import StackedEngine
 from fedkd.errors import ConfigError
 from fedkd.messages import Reply, Request
 from fedkd.site import Site
+from fedkd.storage import StorageError
 from fedkd.store import MemoryStore, Store
 from fedkd.virtual.work import work
 
@@ -136,19 +137,29 @@ def inspect(site: Site, engine: Engine, store: Store, clients: Sequence[int], ro
     cards = [site.cards[k] for k in clients]
     correct = np.zeros((len(clients), site.classes), np.int64)
     ensemble = np.zeros((len(labels), site.classes))
-    torches = [i for i, card in enumerate(cards) if card.gradients]
-    for start in range(0, len(torches), SLICE):
-        part = torches[start : start + SLICE]
-        states = [store.load(clients[i], round).state or site.new_device(cards[i]) for i in part]
-        for k, scores in engine.scores([cards[i] for i in part], states, x):
-            correct[part[k]] = count_correct(scores, labels, site.classes)
+    # In slices, so that not all states are in memory at one time.
+    for start in range(0, len(cards), SLICE):
+        kept = {i: _kept(site, store, cards[i], round) for i in range(start, min(start + SLICE, len(cards)))}
+        nets = [(i, state) for i, state in kept.items() if state is not None and cards[i].gradients]
+        found = engine.scores([cards[i] for i, _ in nets], [state for _, state in nets], x) if nets else iter(())
+        for k, scores in found:
+            place = nets[k][0]
+            correct[place] = count_correct(scores, labels, site.classes)
             ensemble += scores.softmax(-1).numpy()
-    for i, card in enumerate(cards):
-        if not card.gradients:
-            scores = _predictor_scores(site, card, store.load(card.id, round).state, x)
-            correct[i] = count_correct(scores, labels, site.classes)
+        for place in sorted(kept.keys() - {i for i, _ in nets}):
+            scores = _predictor_scores(site, cards[place], kept[place], x)
+            correct[place] = count_correct(scores, labels, site.classes)
             ensemble += scores.softmax(-1).numpy()
     return Inspection(correct, ensemble / max(len(clients), 1))
+
+
+def _kept(site: Site, store: Store, card: Card, round: int) -> DeviceState | None:
+    """Return what a device kept; None if it cannot be read, for which its next request is quarantined."""
+    try:
+        return store.load(card.id, round).state or site.new_device(card)
+    except StorageError as cause:
+        log.debug("device %d cannot be looked at", card.id, exc_info=cause)
+        return None
 
 
 def count_correct(scores: Tensor, labels: Tensor, classes: int) -> NDArray[np.int64]:
@@ -159,11 +170,10 @@ def count_correct(scores: Tensor, labels: Tensor, classes: int) -> NDArray[np.in
 
 
 def _predictor_scores(site: Site, card: Card, state: DeviceState | None, x: Tensor) -> Tensor:
-    """Return what a client without gradients makes of ``x`` [N, C] by what it last learnt from."""
-    if len(site.private(card.id)):
+    """Return what a client without gradients makes of ``x`` [N, C] by what it last learnt from; zeros if it cannot."""
+    if state is not None and not card.gradients and len(site.private(card.id)):
         try:
-            return fit_predictor(site, card, state.memory if state is not None else {})(x)
+            return fit_predictor(site, card, state.memory)(x)
         except Exception as cause:
-            # In a round its failure is quarantined with the reason; here it is as good as one that knows nothing.
             log.debug("device %d cannot be looked at", card.id, exc_info=cause)
     return torch.zeros(len(x), site.classes, dtype=site.dtype)
