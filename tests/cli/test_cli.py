@@ -39,7 +39,7 @@ QUICK = ["rounds=2", "partition.clients=4", "proxy.size=60", "training.epochs=1"
 def test_simulate_tells_what_a_person_wants(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert fedkd("simulate", *QUICK) == 0
     said = capsys.readouterr().out
-    assert re.search(r"round 2/2 +student \d+\.\d %, 4 answers", said)
+    assert re.search(r"round 2/2 +student \d+\.\d %, devices \d+\.\d %, 4 answers", said)
     for name in ("student", "local-only, mean", "ensemble of devices", "per device", "epsilon", "time", "run"):
         assert re.search(rf"^{re.escape(name)} +\S", said, re.MULTILINE), name
     assert "infinity" in said and "runs/digits-dsfl" in said

@@ -211,7 +211,7 @@ def test_where_it_goes(write_run: WriteRun, tmp_path: Path) -> None:
     assert write_report(folder, tmp_path) == tmp_path / "report.html"
     assert write_report(folder, tmp_path / "new" / "x.html").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(FedkdError, match="choose a folder"):
+    with pytest.raises(FedkdError, match="cannot make the folder"):
         write_report(folder, tmp_path / "file" / "x.html")
     with pytest.raises(FedkdError, match="there is neither"):
         write_report(tmp_path / "nowhere")
