@@ -67,7 +67,9 @@ def test_taint_nothing_but_the_released_leaves_a_dp_device(algorithm: str, kind:
     private = {p.name for p in played.site.method.plan(_heard()) if p.data == "private"} | {"train", "pretrain private"}
     lengths: dict[int, set[int]] = {}
     for reply in tap.replies:
-        assert [name for name, _ in leaves(reply)] == ["client", "round", "body", "error", "losses", "reason"], "a new way out"
+        assert [name for name, _ in leaves(reply)] == ["client", "round", "body", "error", "losses", "reason"], (
+            "a new way out"
+        )
         assert reply.error is None and reply.reason == "device", "the reason's default, which tells nothing"
         assert private.isdisjoint(dict(reply.losses)), "a loss on private records"
         assert reply.body is not None

@@ -587,11 +587,11 @@ def test_a_flight_is_saved_whole() -> None:
 def test_the_local_baseline_beside_a_run_in_virtual_time_is_plain(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedkd.cli.main import _tell
+    from fedkd.cli.main import tell
 
     summary = simulate.start(disk("fedavg", "asynchronous", evaluation={"local_only": True}), tmp_path / "run").summary
     assert summary["accuracy"]["local_only"] is not None and summary["virtual_seconds"] > 0
-    _tell(summary, tmp_path)
+    tell(summary, tmp_path)
     assert f"virtual time         {summary['virtual_seconds'] / 3600:.2f} h" in capsys.readouterr().out
 
 
