@@ -32,7 +32,7 @@ RENEW_SOON = timedelta(days=14)
 CLOCK_SECONDS = 60.0
 """Flower refuses signatures that are 5 s in the future or 305 s old; a clock that is a minute off drifts on."""
 FREE_MIB = {"server": 2048, "client": 1024}
-TRAINING_MIB, LABELLING_MIB, SERVER_MIB = 750, 150, 1024
+TRAINING_MIB, SERVER_MIB = 750, 1024
 NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME: to read a server's clock when ours may be wrong."""
 
@@ -356,7 +356,7 @@ def available_mib() -> int | None:
 
 def _memory(kit: Kit) -> Iterator[Finding]:
     if isinstance(kit, ClientKit):
-        wanted = TRAINING_MIB if version("torch") else LABELLING_MIB
+        wanted = TRAINING_MIB
     else:
         wanted = SERVER_MIB
     found = available_mib()
@@ -364,7 +364,7 @@ def _memory(kit: Kit) -> Iterator[Finding]:
         return
     if found < wanted:
         said = f"{found} MiB of memory are free, about {wanted} MiB are needed"
-        yield Finding("memory", "problem", said, "end other programs, add swap, or use the light client for labelling")
+        yield Finding("memory", "problem", said, "end other programs, or add swap")
     else:
         yield Finding("memory", "ok", f"{found} MiB of memory are free")
 

@@ -35,7 +35,7 @@ OVERHEAD_BYTES = 2**20
 
 
 class Answerer(Protocol):
-    """Who answers requests: :class:`fedkd.deploy.device.Device`, or a light one without torch."""
+    """Who answers requests: :class:`fedkd.deploy.device.Device`."""
 
     delivered: set[str]
 
