@@ -83,7 +83,9 @@ def plan(
         table.add_column(title, overflow="fold")
     reasons = []
     for kind in plans.KINDS:
-        priced = [None] if kind == own.kind and own.epsilon is None else budgets
+        # Given both, the noise is what the experiment says, and epsilon its limit.
+        as_it_is = kind == own.kind and (own.epsilon is None or own.noise_multiplier is not None)
+        priced = [None] if as_it_is else budgets
         for budget in priced:
             found = plans.cost(experiment, kind, budget, **sizes)
             if found.reason is not None:
