@@ -194,6 +194,12 @@ class Site:
                 f"models.student {models.student!r} is no torch model, so that the server cannot train it"
             )
         if self.experiment.privacy.kind == "dp_sgd":
+            if self.federation.split.train.scaled_at_home:
+                raise ConfigError(
+                    "privacy.kind dp_sgd bounds what one record adds to a gradient, but the records are scaled by their "
+                    "device's own statistics (data.normalise per_client), through which one record moves all: set "
+                    "data.normalise=public with data.mean and data.std, or data.normalise=none"
+                )
             self._check_dp_sgd()
         for card in self.cards:
             if not card.gradients and not method.predictors:

@@ -26,6 +26,7 @@ class Dataset:
     features.
     private: inputs are to be scaled per device, which `standardise` still has to do; `inputs` refuses until
     then.
+    scaled_at_home: inputs were scaled by statistics of a device's own records, so that one record moves all of them.
     """
 
     x: NDArray[np.generic]
@@ -37,6 +38,7 @@ class Dataset:
     client_names: tuple[str, ...] = ()
     scaling: Standardiser | None = None
     private: bool = False
+    scaled_at_home: bool = False
 
     def __post_init__(self) -> None:
         if self.x.dtype not in (np.dtype(np.uint8), np.dtype(np.float32)):

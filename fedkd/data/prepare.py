@@ -78,7 +78,7 @@ def standardise(
         proxy = replace(proxy, scaling=own, private=False)
         public = own
     test = _scale_test(test, _homes(train, parts), fitted, public)
-    return Split(replace(train, x=x, scaling=None, private=False), test), proxy
+    return Split(replace(train, x=x, scaling=None, private=False, scaled_at_home=True), test), proxy
 
 
 def _homes(train: Dataset, parts: Sequence[NDArray[np.int64]]) -> dict[int, int]:

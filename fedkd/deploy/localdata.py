@@ -68,8 +68,8 @@ class LocalData(BaseModel):
             own = own.select(np.sort(parts[self.part.index]))
         elif not self.test and self.data.source in ("csv", "parquet", "npz", "images") and self.data.test_path is None:
             own = _joined(split.train, split.test)
-        if own.private:
-            own = own.scaled_by(own.fit_private()) if own.x.dtype != np.uint8 else own
+        if own.private and own.x.dtype != np.uint8:
+            own = replace(own.scaled_by(own.fit_private()), scaled_at_home=True)
         return own
 
     def check(self) -> str:

@@ -154,7 +154,8 @@ def server_site(experiment: Experiment, clients: int) -> Site:
                 "server's test records by: add data.mean and data.std, or a proxy"
             )
         proxy = replace(proxy, scaling=public, private=False) if proxy is not None else None
-        train, test = train.scaled_by(public), test.scaled_by(public)
+        train = replace(train.scaled_by(public), scaled_at_home=True)
+        test = test.scaled_by(public)
     return _site(experiment, train.select(slice(0, 0)), test, proxy, [0] * clients)
 
 

@@ -205,6 +205,13 @@ class ConfidentGnmax(ClientLevel):
 
     def price(self, sigma: float | None = None) -> list[Event]:
         sigma = self.noise_multiplier if sigma is None else sigma
+        if self.q < 1:
+            # One coin a round decides whether a client is in, for all its queries at once: the round is one sampled
+            # Gaussian of their joint sensitivity, and not as many independently sampled ones as there are queries.
+            precision = self.most / sigma**2 if sigma else math.inf
+            if self.config.threshold is not None and sigma:
+                precision += self.queries / (sigma * self.config.threshold_noise) ** 2
+            return [Event(sigma=1 / math.sqrt(precision), q=self.q)]
         answers = Event(sigma=sigma, q=self.q, count=self.most, reach=math.sqrt(2))
         if self.config.threshold is None:
             return [answers]
@@ -213,6 +220,8 @@ class ConfidentGnmax(ClientLevel):
     @property
     def what(self) -> Sequence[str]:
         answers = f"at most {self.most} noisy winners"
+        if self.q < 1:
+            return (answers if self.config.threshold is None else f"tests of agreement and {answers}",)
         return (answers,) if self.config.threshold is None else ("tests of agreement", answers)
 
     def noisy_sum(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, Tensor]:

@@ -155,9 +155,6 @@ def best_buys(
         best: Buy | None = None
         for queries in _sizes(most):
             norm = largest_norm(queries, classes) if kind == "labels" else math.sqrt(queries)
-            if kind == "votes" and q < 1:
-                # Sampled clients amplify each query by itself: the noise is not that of one joint release.
-                norm = _sampled_votes(experiment, queries, q, budget) / one
             deviation = one * norm / count
             right = _right(level, deviation, classes, count)
             worth = queries * max(0.0, (right - 1 / classes) / (1 - 1 / classes)) ** 2
@@ -173,16 +170,6 @@ def best_buys(
         assert best is not None
         found.append(best)
     return found[0], found[1]
-
-
-def _sampled_votes(experiment: Experiment, queries: int, q: float, budget: float) -> float:
-    privacy = experiment.privacy
-    return calibrate(
-        lambda sigma: [Event(sigma=sigma, q=q, count=experiment.rounds * queries, reach=math.sqrt(2))],
-        budget,
-        privacy.delta,
-        privacy.relation,
-    )
 
 
 def _sizes(most: int) -> Sequence[int]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -320,6 +321,18 @@ def test_simulated_devices_keep_the_policy_that_is_given(tmp_path: Path) -> None
     path.write_text("max_rounds: 1\n")
     with pytest.raises(PolicyError):
         simulate.start(validate(merged(SMALL, {"privacy": {"policy": str(path)}})), tmp_path / "s")
+
+
+def test_records_scaled_by_their_own_statistics_are_refused(tmp_path: Path) -> None:
+    """One record moves the mean and so all inputs of its device: clipping each gradient does not bound that."""
+    table = tmp_path / "t.csv"
+    rng = np.random.default_rng(0)
+    table.write_text("a,b,label\n" + "".join(f"{rng.normal():.3f},{rng.normal():.3f},{i % 2}\n" for i in range(200)))
+    raw = merged(
+        SMALL, {"data": {"source": "csv", "path": str(table), "normalise": "per_client"}, "proxy": {"size": 20}}
+    )
+    with pytest.raises(ConfigError, match="one record moves all"):
+        simulate.start(validate(raw), tmp_path / "r")
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
