@@ -32,6 +32,7 @@ def test_every_experiment_is_valid(path: Path) -> None:
     assert varying == {}
 
 
+@pytest.mark.slow
 def test_the_methods_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from simulations.benchmarks.methods import POINTS, main
 
