@@ -198,6 +198,8 @@ class NetworkRunner(Runner):
             r.client: _Waiting(r, key_of(self.run, r.client, r.round, r.holds, self.outline, r.body)) for r in requests
         }
         asked, answered = len(waiting), 0
+        for round in sorted({request.round for request in requests}):
+            self.site.mechanism.asked(self.run, round, [r.client for r in requests if r.round == round])
         end = self._clock() + self.settings.deadline_seconds
         pause = POLL_SECONDS[0]
         while waiting:

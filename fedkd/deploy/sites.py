@@ -139,6 +139,7 @@ def server_site(experiment: Experiment, clients: int) -> Site:
     method = experiment.method
     if method.pools_data:
         raise ConfigError(f"{method.name} pools everybody's records: it runs by `fedkd simulate` only")
+    _refuse_secure_sum(experiment)
     split = load(experiment.data, experiment.seed)
     proxy = None
     if method.proxy != "none":
@@ -159,6 +160,14 @@ def server_site(experiment: Experiment, clients: int) -> Site:
     return _site(experiment, train.select(slice(0, 0)), test, proxy, [0] * clients)
 
 
+def _refuse_secure_sum(experiment: Experiment) -> None:
+    if experiment.privacy.secure_sum:
+        raise ConfigError(
+            "privacy.secure_sum runs by `fedkd simulate` only so far: on a real network its messages are not carried and "
+            "not charged to the devices' own ledgers"
+        )
+
+
 # ---- the device -----------------------------------------------------------------------------------------------------
 def device_site(
     experiment: Experiment, told: Mapping[str, Any], own: Dataset, proxy: ProxySet | None, client: int, parameters: int
@@ -171,6 +180,7 @@ def device_site(
         PolicyError: a model is larger.
         ConfigError: the records do not fit the experiment.
     """
+    _refuse_secure_sum(experiment)
     shape, classes, clients = [int(n) for n in told["shape"]], int(told["classes"]), int(told["clients"])
     if list(own.shape) != shape or own.classes > classes:
         raise ConfigError(

@@ -115,6 +115,14 @@ class Mechanism(ABC):
         """
         return {}
 
+    def asked(self, run: str, round: int, devices: Sequence[int]) -> None:
+        """Account, on a server whose devices keep their own ledgers, for what they may release on being asked.
+
+        An upper bound from public facts: a device that was asked counts as one that trained. By default nothing, since
+        a server charges its own releases itself.
+        """
+        return None
+
     @abstractmethod
     def release(
         self, payload: Payload, party: Party, *, examples: float = 1.0, losses: Mapping[str, float] | None = None

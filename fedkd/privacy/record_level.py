@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fedkd.algorithms.base import Algorithm, DeviceState, Heard, Phase
 from fedkd.payloads import Nothing, Payload
-from fedkd.privacy.events import Event, calibrate
+from fedkd.privacy.events import Event, calibrate, epsilon
 from fedkd.privacy.ledger import Entry
 from fedkd.privacy.mechanisms import Claim, Mechanism, Party, PrivacyError, Released, events_of
 from fedkd.privacy.noise import NoiseSource
@@ -111,6 +111,30 @@ class DpSgd(Mechanism):
         self.ledger.charge(entries)
         self._admitted |= {(device, run, round) for (run, round), devices in rounds.items() for device in devices}
         return refused
+
+    def asked(self, run: str, round: int, devices: Sequence[int]) -> None:
+        # Whether it is a device's first round is known on the device alone: the dearer plan is charged.
+        events = max(
+            (self.price(phases) for phases in (self.first, self.later)),
+            key=lambda found: epsilon(found, self.config.delta, self.config.relation) if found else 0.0,
+        )
+        self.ledger.refresh()
+        self.ledger.charge(
+            [
+                Entry(
+                    run=run,
+                    round=round,
+                    what="at most: every device that was asked trained; each one's own ledger has what it spent",
+                    mechanism=self.name,
+                    unit="record",
+                    relation=self.config.relation,
+                    event=event,
+                    devices=tuple(devices),
+                    seeded=self.config.seeded,
+                )
+                for event in events
+            ]
+        )
 
     def _over(self, party: Party, events: Sequence[Event]) -> str | None:
         config, policy = self.config, self.policy

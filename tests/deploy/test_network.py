@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from fedkd import simulate
 from fedkd.deploy.mail import Ask, MailError
+from fedkd.errors import ConfigError
 
 CLIENTS = 3
 
@@ -183,3 +184,26 @@ def test_what_travels_names_no_path_and_no_partition(network: Network) -> None:
     told = json.dumps(network.runner(experiment(CLIENTS)).outline)
     for word in ("path", "partition", "alpha", "deadline", "runner"):
         assert f'"{word}' not in told, word
+
+
+def test_the_server_never_says_less_than_its_devices_spent(tmp_path: Path) -> None:
+    """Devices charge their own ledgers; what the server's rows and summary say is an upper bound of each of them."""
+    from fedkd.privacy.ledger import Ledger
+
+    network = Network(tmp_path / "net", CLIENTS, policy={"epsilon": None})
+    private = {"kind": "dp_sgd", "noise_multiplier": 0.8, "sampling_rate": 0.1, "seeded": False}
+    chosen = experiment(CLIENTS, rounds=2, training={"steps": 4}, privacy=private)
+    found = network.play(chosen, tmp_path / "run")
+    assert [row["answered"] for row in rows(found.folder)] == [CLIENTS] * 2
+    spent = []
+    for kit in network.wire.kits.values():
+        (mine,) = Ledger(kit.state / "privacy" / "ledger.jsonl").spent(1e-5)
+        spent.append(mine.epsilon)
+    said = [row["epsilon"] for row in rows(found.folder)]
+    assert 0 < said[0] < said[1] == found.summary["epsilon"]
+    assert said[1] == pytest.approx(max(spent), rel=1e-6)
+
+
+def test_secure_sums_are_refused_on_a_network(network: Network, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="by `fedkd simulate` only"):
+        network.play(experiment(CLIENTS, privacy={"kind": "none", "secure_sum": True}), tmp_path / "run")
