@@ -360,4 +360,29 @@ def check_additive(engine: Engine, phase: Phase, task: Task) -> None:
             "batch, so that its share cannot be bounded by clipping. DP-SGD needs a loss of the form "
             "batch.mean(per-record values)"
         )
+    _check_layers(engine, phase, task)
     done.add(place)
+
+
+def _check_layers(engine: Engine, phase: Phase, task: Task) -> None:
+    """Refuse a model whose weights are used beside the layers that own them: no norm per record counts that."""
+    from fedkd.privacy.stacked_dpsgd import reaches_weights_beside_layers, why_not
+
+    architectures = engine.site.architectures_of(task.card)
+    ghost = engine.experiment.privacy.gradients == "ghost"
+    two_of_one = len({id(a) for a in architectures.values()}) < len(architectures)
+    reason = next((r for role in phase.trains if (r := why_not(architectures[role].template)) is not None), None)
+    if reason is not None or two_of_one:
+        # Opacus's hooks see layers alone; its ghost clipping would add what it has not measured.
+        if ghost:
+            raise ConfigError(
+                f"privacy.gradients ghost cannot be checked for {task.card.architecture}: "
+                f"{reason or 'two models of one architecture'}. Use privacy.gradients=hooks"
+            )
+        return
+    if reaches_weights_beside_layers(engine, phase, task):
+        raise ConfigError(
+            f"model {task.card.architecture!r} uses the weight of a layer beside the layer's own forward (F.linear, a tied "
+            "or normalised weight): that part of a record's gradient is in no norm, so that clipping does not bound it. "
+            "Call the layer itself, or wrap the use into a module of its own"
+        )

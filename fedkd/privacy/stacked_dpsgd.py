@@ -400,13 +400,19 @@ def _train_block(engine: Engine, mechanism: DpSgd, phase: Phase, tasks: Sequence
     deviation = mechanism.noise_multiplier * mechanism.clip * scale
 
     set_mode(architectures, True)
+    has_free = True
     with _watched(architectures, phase.trains) as layers:
         for t in range(steps):
             grads = _draw(streams, noise, params, sizes, deviation)
             taken = [c[t] for c in chosen]
             width = max(len(i) for i in taken)
             live = {k: v.detach().requires_grad_(True) for k, v in params.items()}
-            extra = _one_step(
+            extra: dict[str, Tensor] = {}
+            if has_free:
+                extra = _free(engine, phase, count, architectures, layers, live, rest, heard, put)
+                # Which weights a loss reaches without a record is its form, and the same in every step.
+                has_free = bool(extra)
+            _one_step(
                 engine, phase, tasks, architectures, layers, live, rest, taken, width, dropouts, heard, put,
                 None if vary is None else partial(vary, t),
             )  # fmt: skip
@@ -463,11 +469,11 @@ def _one_step(
     heard: dict[str, Tensor],
     put: Callable[[dict[str, Any]], Heard],
     vary: Callable[[Tensor, Sequence[int]], Tensor] | None,
-) -> dict[str, Tensor]:
-    """Run forward and backward; the layers keep what they see. Returns gradients that need no record, by parameter."""
-    for seen in layers.values():
-        seen.inputs.clear()
-        seen.grads.clear()
+) -> None:
+    """Run forward and backward on the records taken; the layers keep what they see.
+
+    Gradients that reach a weight beside its layer are thrown away: nothing has bounded them.
+    """
     sizes = [len(i) for i in taken]
     own: dict[str, Tensor] = {}
     wide = max(width, 1)
@@ -480,20 +486,98 @@ def _one_step(
     own["x"], own["y"] = _gather(tasks, positions, sizes, wide, engine)
     if vary is not None and width:
         own["x"] = vary(own["x"], sizes)
+    _pass(phase, architectures, layers, live, still, own, sizes, dropouts, heard, put)
+
+
+def _free(
+    engine: Engine,
+    phase: Phase,
+    count: int,
+    architectures: Mapping[str, Architecture],
+    layers: Mapping[str, Seen],
+    live: dict[str, Tensor],
+    still: dict[str, Tensor],
+    heard: dict[str, Tensor],
+    put: Callable[[dict[str, Any]], Heard],
+) -> dict[str, Tensor]:
+    """Return the gradient of what the loss adds without any record, such as a proximal term, by parameter [K, ...].
+
+    Guarantee: no record is touched: the batch is one input of zeros that counts for nothing. Parameters that no such
+    term reaches are left out, whatever their values.
+    """
+    site = engine.site
+    zeros = torch.zeros(count, 1, dtype=torch.int64)
+    nobody = {
+        "x": torch.zeros(count, 1, *site.shape, dtype=site.dtype),
+        "y": zeros,
+        "index": zeros,
+        "weight": torch.zeros(count, 1, dtype=site.dtype),
+    }
+    still_streams = [torch.Generator().manual_seed(0) for _ in range(count)]
+    return _pass(phase, architectures, layers, live, still, nobody, [0] * count, still_streams, heard, put)
+
+
+def reaches_weights_beside_layers(engine: Engine, phase: Phase, task: Task) -> bool:
+    """Tell whether a record's gradient reaches a weight in another way than through the layer that owns it.
+
+    Such a gradient (a layer's weight used by ``F.linear``, a tied head) is in no norm per record. Tried out on made-up
+    records and fresh weights, on layers that have a stacked form.
+    """
+    site, count = engine.site, 3
+    architectures = site.architectures_of(task.card)
+    rng = torch.Generator().manual_seed(1)
+    own = {
+        "x": torch.rand(1, count, *site.shape, generator=rng, dtype=torch.float64).to(site.dtype),
+        "y": (torch.arange(count) % site.classes)[None],
+        "index": torch.zeros(1, count, dtype=torch.int64),
+    }
+    models = {r: site.initial(architectures[r].name, "probe") for r in task.state.models}
+    params, rest = split_trainable(_stack([flat(models, list(models))]), architectures, phase.trains)
+    heard, put = _hear([task])
+    found = []
+    set_mode(architectures, False)
+    with _watched(architectures, phase.trains) as layers:
+        for weight in (1.0, 0.0):
+            live = {k: v.clone().requires_grad_(True) for k, v in params.items()}
+            given = {**own, "weight": torch.full((1, count), weight, dtype=site.dtype)}
+            stream = [torch.Generator().manual_seed(0)]
+            direct = _pass(phase, architectures, layers, live, rest, given, [count], stream, heard, put)
+            found.append({k: direct.get(k, torch.zeros_like(v)) for k, v in live.items()})
+    gap = max(float((found[0][k] - found[1][k]).norm()) for k in params)
+    size = max(float(found[0][k].norm()) for k in params)
+    return gap > 1e-6 * size + 1e-9
+
+
+def _pass(
+    phase: Phase,
+    architectures: Mapping[str, Architecture],
+    layers: Mapping[str, Seen],
+    live: dict[str, Tensor],
+    still: dict[str, Tensor],
+    own: dict[str, Tensor],
+    sizes: Sequence[int],
+    dropouts: list[torch.Generator],
+    heard: dict[str, Tensor],
+    put: Callable[[dict[str, Any]], Heard],
+) -> dict[str, Tensor]:
+    """Run forward and backward; the layers keep what they see. Returns the gradients that came beside the layers."""
+    for seen in layers.values():
+        seen.inputs.clear()
+        seen.grads.clear()
 
     def loss(
         live: dict[str, Tensor], still: dict[str, Tensor], own: dict[str, Tensor], told: dict[str, Tensor]
     ) -> Tensor:
         made = Batch(x=own["x"], y=own["y"], index=own["index"], weight=own["weight"])
         anchor = next(iter(live.values())).detach()
-        with situation(mask=None, generators=dropouts, sizes=sizes, anchor=anchor):
+        with situation(mask=None, generators=dropouts, sizes=list(sizes), anchor=anchor):
             return phase.loss(Net(architectures, nested({**live, **still})), made, put(told))
 
     if heard:
         values = vmap(loss)(live, still, own, heard)
     else:
         values = vmap(lambda a, b, c: loss(a, b, c, {}))(live, still, own)
-    # The layers return no gradient for their weights, so that what comes out here did not pass through a record.
+    # The layers return no gradient for their weights: what comes out here came another way.
     found = torch.autograd.grad(values.sum(), list(live.values()), allow_unused=True)
     return {name: g for name, g in zip(live, found, strict=True) if g is not None}
 

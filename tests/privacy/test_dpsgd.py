@@ -227,6 +227,29 @@ def test_a_loss_that_is_no_sum_over_records_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("noiseless")
+@pytest.mark.parametrize("gradients", ["hooks", "ghost"])
+@pytest.mark.parametrize("kind", ["serial", "stacked"])
+def test_a_weight_used_beside_its_layer_is_refused(kind: str, gradients: str) -> None:
+    """Its gradient would come from every record and be in no norm: with a clip of 0.01 it moved the sum by 1,500."""
+    at = site("user_models:Cosine", privacy={"gradients": gradients})
+    with pytest.raises(ConfigError, match="beside the layer's own forward"):
+        moved(at, kind, [0, 1])
+
+
+def test_what_reaches_a_weight_beside_its_layer_never_enters_the_stacked_sum(
+    noiseless: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Should the check be passed by: the free gradient is taken without a record, so that the bound stands."""
+    monkeypatch.setattr(dpsgd, "check_additive", lambda *_: None)
+    at = site("user_models:Cosine", privacy={"clip": 0.01})
+    mechanism = cast(DpSgd, at.mechanism)
+    rate = at.experiment.training.optimizer.lr
+    steps = mechanism.steps["training"]
+    most = steps * rate * len(at.private(0)) * 0.01 / mechanism.expected_batch
+    (change,) = moved(at, "stacked", [0])
+    assert float(change.norm()) <= most
+
+
 def test_a_term_without_records_is_added_whole_and_unclipped() -> None:
     """A proximal term has no record in it: it is neither clipped nor counted, on either engine."""
     options = {"training": {"steps": 2, "optimizer": {"lr": 0.1}}, "privacy": {"clip": 1e-3}}
