@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkd.algorithms.base import Card, DeviceState, Heard, Phase, View
 from fedkd.engines.base import Engine, Task
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, kind_of
 from fedkd.messages import Heading, Reply, Request, read_request, write_reply
 from fedkd.nets import PredictorNet
 from fedkd.payloads import Nothing, Payload, PayloadError
@@ -89,7 +89,7 @@ def _work(site: Site, engine: Engine, store: Store, turns: list[Turn], plans: Pl
             alone = [_again(site, store, turn) for turn in turns]
             return [done for turn in alone for done in _work(site, engine, store, [turn], _plans(site, [turn]))]
         (turn,) = turns
-        turn.error = _sentence(turn, cause)
+        turn.error = _sentence(site, turn, cause)
     return turns
 
 
@@ -100,8 +100,14 @@ def _again(site: Site, store: Store, turn: Turn) -> Turn:
     return fresh
 
 
-def _sentence(turn: Turn, cause: Exception) -> str:
-    log.debug("device %d failed in round %d", turn.card.id, turn.heading.round, exc_info=cause)
+def _sentence(site: Site, turn: Turn, cause: Exception) -> str:
+    """Return what is said of an error that came after a device looked at its records."""
+    level = logging.DEBUG if site.tells_why else logging.WARNING
+    log.log(level, "device %d failed in round %d", turn.card.id, turn.heading.round, exc_info=cause)
+    if not site.tells_why:
+        return kind_of(cause)
+    if isinstance(cause, FedkdError):
+        return str(cause)
     return " ".join("".join(traceback.format_exception_only(cause)).split())
 
 
@@ -212,7 +218,7 @@ def _answer(site: Site, engine: Engine, turns: Sequence[Turn]) -> None:
             try:
                 turn.answer = _predict(site, turn)
             except Exception as cause:
-                turn.error = _sentence(turn, cause)
+                turn.error = _sentence(site, turn, cause)
 
 
 def _predict(site: Site, turn: Turn) -> Payload:
@@ -250,11 +256,11 @@ def _reply(site: Site, store: Store, turn: Turn) -> Reply:
         try:
             return _finish(site, store, turn)
         except PayloadError as cause:
-            turn.error = f"answer refused ({cause.reason}): {cause}"
+            turn.error = f"answer refused ({cause.reason}): {_sentence(site, turn, cause)}"
         except FedkdError:
             raise
         except Exception as cause:
-            turn.error = _sentence(turn, cause)
+            turn.error = _sentence(site, turn, cause)
     return Reply(request.client, request.round, None, turn.error)
 
 
@@ -288,6 +294,7 @@ def _finish(site: Site, store: Store, turn: Turn) -> Reply:
         if site.codec_up.needs_reference and not isinstance(payload, Nothing):
             sent, sent_round = site.codec_up.roundtrip(released.payload, reference), head.round
     except PayloadError as cause:
-        return Reply(request.client, request.round, None, f"answer cannot be encoded ({cause.reason}): {cause}")
+        said = f"answer cannot be encoded ({cause.reason}): {_sentence(site, turn, cause)}"
+        return Reply(request.client, request.round, None, said)
     store.save(request.client, request.round, Kept(state, received, sent, sent_round))
     return Reply(request.client, request.round, body, losses=released.losses)

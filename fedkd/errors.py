@@ -18,3 +18,8 @@ class DataError(FedkdError):
 
 class DataWarning(UserWarning):
     """Something a user should know of the data, with which an experiment still works."""
+
+
+def kind_of(cause: Exception) -> str:
+    """Return what may leave a device of an error whose words may quote values of records."""
+    return f"{type(cause).__name__} on the device; its own log says more"

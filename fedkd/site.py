@@ -52,6 +52,8 @@ class Site:
         parts = federation.parts
         if self.method.pools_data:
             parts = (np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64),)
+        self.tells_why = experiment.privacy.kind == "none"
+        """Whether a device's error may leave it in words, which may quote values of records; else its kind alone does."""
         self.silo = Silo(Pool(train, self.dtype), tuple(torch.from_numpy(np.asarray(p, np.int64)) for p in parts))
         self.test = Pool(federation.split.test, self.dtype)
         self.proxy: ProxySet | None = federation.proxy if self.method.proxy != "none" else None

@@ -11,6 +11,8 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +22,10 @@ from fedkd.deploy.localdata import LocalData, read_local_data
 from fedkd.deploy.mail import Ask, Say
 from fedkd.deploy.outbox import Outbox
 from fedkd.deploy.policy import NodePolicy, read_policy
-from fedkd.errors import ConfigError, DataError, FedkdError
+from fedkd.envelope import PayloadError
+from fedkd.errors import ConfigError, DataError, FedkdError, kind_of
 from fedkd.privacy.policy import PolicyError
-from fedkd.storage import write_atomic
+from fedkd.storage import StorageError, write_atomic
 
 log = logging.getLogger("fedkd.deploy.client.device")
 
@@ -44,6 +47,15 @@ class Refused(FedkdError):
 
 class NeedsProxy(FedkdError):
     """The proxy set that a request is about has not come yet."""
+
+
+@contextmanager
+def _of_the_request() -> Iterator[None]:
+    """Let errors of what the server sent be told to it in words: no record was looked at yet."""
+    try:
+        yield
+    except (ConfigError, DataError, PayloadError) as cause:
+        raise Refused("device", str(cause)) from cause
 
 
 class Device:
@@ -92,13 +104,16 @@ class Device:
         except PolicyError as cause:
             log.warning("round %d of %s refused by this node's policy: %s", ask.round, ask.run, cause)
             return say("refused", "policy", str(cause))
-        except FedkdError as cause:
+        except StorageError as cause:
             log.warning("round %d of %s failed: %s", ask.round, ask.run, cause)
             return say("refused", "device", str(cause))
         except Exception as cause:
-            # The words of a strange error may hold values of records; the server hears its kind alone.
-            log.exception("round %d of %s failed", ask.round, ask.run)
-            return say("refused", "device", f"{type(cause).__name__} on the device; its own log says more")
+            # Words may quote values of records, and those of reading records do; the server hears the kind alone.
+            if isinstance(cause, FedkdError):
+                log.warning("round %d of %s failed: %s", ask.round, ask.run, cause)
+            else:
+                log.exception("round %d of %s failed", ask.round, ask.run)
+            return say("refused", "device", kind_of(cause))
 
     # ---- checks -----------------------------------------------------------------------------------------------------
     def _run_folder(self, ask: Ask) -> Path:
@@ -119,7 +134,8 @@ class Device:
             raise PolicyError(
                 f"the request has {size} bytes, this node's policy allows max_request_bytes {self.policy.max_request_bytes}"
             )
-        envelope = read_head(ask.request).envelope
+        with _of_the_request():
+            envelope = read_head(ask.request).envelope
         if envelope.run != ask.run or envelope.round != ask.round:
             # The ledger is charged under the message's own words: they must not differ from what the answer is kept by.
             raise Refused("form", "the request's wrapping and its message speak of different rounds")
@@ -144,9 +160,10 @@ class Device:
         if self._desk is not None and self._desk[0] == place:
             return self._desk[1]
         self._desk = None
-        experiment = read_outline(ask.experiment, self.policy)
-        proxy = self._proxy(ask) if experiment.method.proxy != "none" else None
-        self.policy.check(experiment, proxy.identity if proxy is not None else None)
+        with _of_the_request():
+            experiment = read_outline(ask.experiment, self.policy)
+            proxy = self._proxy(ask) if experiment.method.proxy != "none" else None
+            self.policy.check(experiment, proxy.identity if proxy is not None else None)
         if self._records is None:
             self._records = self.local.records()
         self._tidy(ask.run)

@@ -217,4 +217,6 @@ def _site(experiment: Experiment, train: Dataset, test: Dataset, proxy: ProxySet
     """One party's federation: device k holds the first ``sizes[k]`` records; only one size is not 0."""
     parts = tuple(np.arange(size, dtype=np.int64) for size in sizes)
     counts = np.stack([np.bincount(train.y[part], minlength=train.classes) for part in parts])
-    return Site(experiment, Federation(Split(train, test), parts, proxy, counts))
+    site = Site(experiment, Federation(Split(train, test), parts, proxy, counts))
+    site.tells_why = False
+    return site

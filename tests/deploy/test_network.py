@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from fedkd import simulate
 from fedkd.deploy.mail import Ask, MailError
-from fedkd.errors import ConfigError
+from fedkd.errors import ConfigError, DataError
 
 CLIENTS = 3
 
@@ -202,6 +203,25 @@ def test_the_server_never_says_less_than_its_devices_spent(tmp_path: Path) -> No
     said = [row["epsilon"] for row in rows(found.folder)]
     assert 0 < said[0] < said[1] == found.summary["epsilon"]
     assert said[1] == pytest.approx(max(spent), rel=1e-6)
+
+
+@pytest.mark.parametrize("where", ["records", "training"])
+def test_errors_leave_a_device_without_their_words(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its files and of its training may quote a record; those of the request may be told."""
+    network = Network(tmp_path / "net", CLIENTS)
+    device = network.wire.devices[1]
+
+    def fails(*_: Any) -> Any:
+        raise DataError("column status has the value 'HIV positive'")
+
+    if where == "records":
+        monkeypatch.setattr(type(device.local), "records", fails)
+    else:
+        monkeypatch.setattr("fedkd.client._train", fails)
+    (row,) = rows(network.play(experiment(CLIENTS, rounds=1), tmp_path / "run").folder)
+    assert [q["message"] for q in row["quarantined"]] == ["DataError on the device; its own log says more"] * CLIENTS
+    ask = replace(network.wire.sent[0][1], key="0" * 64, experiment={})
+    assert "names no models" in network.wire.devices[0].handle(ask).message
 
 
 def test_secure_sums_are_refused_on_a_network(network: Network, tmp_path: Path) -> None:

@@ -83,6 +83,21 @@ def test_taint_nothing_but_the_released_leaves_a_dp_device(algorithm: str, kind:
     assert all(len(found) == 1 for found in lengths.values()), "a length that depends on the device"
 
 
+@pytest.mark.parametrize("kind", ["dp_sgd", "labels"])
+def test_an_error_leaves_a_device_without_its_words(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of an error may quote a record; the server hears its kind alone."""
+
+    def fails(*_: Any) -> None:
+        raise ValueError("secret pixel 0.4711")
+
+    monkeypatch.setattr("fedkd.client._train", fails)
+    played = assemble(merged(DP, {"rounds": 1, "privacy": {"kind": kind, "noise_multiplier": 9.0}}))
+    finish(played)
+    told = played.records[0]["quarantined"]
+    assert {q["message"] for q in told} == {"ValueError on the device; its own log says more"}
+    assert len(told) == len(played.site.cards) and "4711" not in json.dumps(played.records)
+
+
 def _heard() -> Any:
     from fedkd.algorithms.base import Heard
 
