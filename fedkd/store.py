@@ -49,6 +49,7 @@ class Store(ABC):
 
     def __init__(self) -> None:
         self._sessions: dict[int, bytes] = {}
+        self._summed: dict[tuple[int, str], int] = {}
 
     def load_session(self, client: int) -> bytes | None:
         """Return what the device keeps of a secure sum that is under way. It lives as long as the process at least."""
@@ -60,6 +61,17 @@ class Store(ABC):
             self._sessions.pop(client, None)
         else:
             self._sessions[client] = session
+
+    def last_summed(self, client: int, run: str) -> int:
+        """Return the last round of ``run`` for whose secure sum the device gave a vector; -1 for none.
+
+        No snapshot takes it back: a server that falls back to an older checkpoint gets no second sum of a round.
+        """
+        return self._summed.get((client, run), -1)
+
+    def save_summed(self, client: int, run: str, round: int) -> None:
+        """Note that the device is about to give a vector for the secure sum of a round."""
+        self._summed[client, run] = round
 
 
 class MemoryStore(Store):
@@ -121,6 +133,27 @@ class FolderStore(Store):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, session)
+
+    def last_summed(self, client: int, run: str) -> int:
+        path = self._summed_path(client)
+        try:
+            return int(json.loads(path.read_bytes()).get(run, -1))
+        except FileNotFoundError:
+            return -1
+        except (OSError, ValueError, TypeError, AttributeError) as cause:
+            raise StorageError(f"cannot read {path}: {cause}") from cause
+
+    def save_summed(self, client: int, run: str, round: int) -> None:
+        path = self._summed_path(client)
+        try:
+            known = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            known = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({**known, run: round}).encode())
+
+    def _summed_path(self, client: int) -> Path:
+        return self.folder / f"{client:06d}" / "summed.json"
 
     def _session(self, client: int) -> Path:
         return self.folder / f"{client:06d}" / "session.json"

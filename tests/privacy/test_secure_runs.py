@@ -166,6 +166,29 @@ def test_a_device_sends_nothing_without_a_session_and_no_plain_answer_ever():
     assert reply.body is None and "session" in (reply.error or "")
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_no_second_sum_of_a_round(folder, tmp_path):
+    """A server that opens a round's session anew, with fewer devices, would get single vectors as differences."""
+    site = Site.load(load(None, [*SMALL, "privacy.secure_sum=true"])[0][1])
+    store = FolderStore(tmp_path) if folder else MemoryStore()
+    runner = LocalRunner(site, make_engine(site, "serial"), store)
+    first, again = [], []
+    rounds = Rounds(site, runner, run="r")
+    rounds.play(rounds.begin(), lambda _, record: first.append(record))
+    assert [r["failed"] for r in first] == [None, None] and not any(r["quarantined"] for r in first)
+    if folder:
+        runner = LocalRunner(site, make_engine(site, "serial"), FolderStore(tmp_path))
+    rounds = Rounds(site, runner, run="r")
+    rounds.play(rounds.begin(), lambda _, record: again.append(record))
+    for record in again:
+        assert record["answered"] == 0 and record["failed"]
+        assert all("already" in q["message"] for q in record["quarantined"])
+        assert len(record["quarantined"]) == record["asked"]
+    rounds, other = Rounds(site, runner, run="another"), []
+    rounds.play(rounds.begin(), lambda _, record: other.append(record))
+    assert [r["failed"] for r in other] == [None, None]
+
+
 def test_a_node_without_the_setting_refuses_the_protocol():
     site = Site.load(load(None, SMALL)[0][1])
     body = protocol.write(protocol.KEYS, protocol.SERVER, protocol.session_id("run", 0))

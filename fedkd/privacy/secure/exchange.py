@@ -73,7 +73,7 @@ def write_masked(site: Site, store: Store, card: Card, heading: Heading, release
 
     Raises:
         TypeError: what is handed in was not released, or is no vector.
-        SecureSumError: the device has no session for this round: nothing leaves.
+        SecureSumError: the device has no session for this round, or has given a vector for it before: nothing leaves.
     """
     if type(released) is not Released:
         raise TypeError(f"only what a mechanism released may be sent, got a {type(released).__name__}")
@@ -84,6 +84,10 @@ def write_masked(site: Site, store: Store, card: Card, heading: Heading, release
     session = _held(store, card.id)
     if session.id != session_id(heading.run, heading.round):
         raise SecureSumError("the device has no session for this round")
+    # Two sums of one round over two sets of devices differ by single vectors.
+    if heading.round <= store.last_summed(card.id, heading.run):
+        raise SecureSumError("the device has given its vector for this round, or for a later one, already")
+    store.save_summed(card.id, heading.run, heading.round)
     body = session.masked(residues(released.payload.values.numpy(), mechanism.terms.bits), mechanism.terms)
     store.save_session(card.id, session.dump())
     return body

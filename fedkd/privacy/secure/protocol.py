@@ -22,7 +22,9 @@ Steps, each one message down and one up; whoever is silent in a step is out of t
 
 Guarantee: an honest-but-curious server, and any set of fewer than t devices with it, learns the sum over the devices of
 step 5 and nothing else of the others' vectors, under the security of X25519, HKDF, AES-CTR and ChaCha20-Poly1305. A device
-takes part in a session once, answers step 5 once, and refuses a roster or a list of survivors below the minimum cohort.
+answers each step of a session once, and refuses a roster or a list of survivors below the minimum cohort. It gives one vector
+for a round of a run, however often a session is opened for it, as long as its store lives (``Store.save_summed``; a
+:class:`fedkd.store.MemoryStore` ends with the process): a server that lost the sum to a crash goes without that round.
 With t above half of the roster, a server that names different survivors to different devices gets no device's two secrets.
 Not covered: a server that makes up devices of its own (that needs keys which the devices can check: give every device a
 certificate and pin the cohort), and what the sum itself tells (that needs noise, see ``noise``).
