@@ -39,6 +39,26 @@ def test_tails_and_neighbours(dtype: torch.dtype) -> None:
     assert np.isfinite(values).all()
 
 
+class _Bits:
+    """A key stream that is one byte for ever."""
+
+    def __init__(self, byte: int) -> None:
+        self.byte = byte
+
+    def update_into(self, data: bytes, buffer: bytearray) -> None:
+        buffer[: len(data)] = bytes([self.byte]) * len(data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("byte", [0x00, 0xFF, 0x7F, 0x80])
+def test_extreme_bits_give_finite_noise_that_is_not_zero(byte: int, dtype: torch.dtype) -> None:
+    """A point mass at zero would tell apart what the noise is added to."""
+    source = NoiseSource("bits")
+    source._stream = _Bits(byte)  # type: ignore[assignment]
+    values = source.normal((64,), 1.0, dtype)
+    assert bool(torch.isfinite(values).all()) and bool((values != 0).all()) and float(values.abs().max()) < 8.6
+
+
 def test_no_two_sources_agree_whatever_seed_torch_and_numpy_have() -> None:
     found = []
     for _ in range(2):
