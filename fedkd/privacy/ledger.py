@@ -244,6 +244,8 @@ class Ledger:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if fresh:
                 sync_folder(self.path.parent)
+            if not os.fstat(handle).st_size and not self._head_path.exists():
+                self._write_head()
             yield handle
         finally:
             os.close(handle)
@@ -272,8 +274,11 @@ class Ledger:
         for content in taken:
             if content["kind"] == "charge":
                 self._take(Entry.from_json(content))
+        self._write_head()
+
+    def _write_head(self) -> None:
         try:
-            write_atomic(self._head_path, json.dumps({"lines": self._lines, "sum": last}).encode())
+            write_atomic(self._head_path, json.dumps({"lines": self._lines, "sum": self._last}).encode())
         except FedkdError as cause:
             raise LedgerError(f"{cause}; nothing is released") from cause
 
@@ -325,9 +330,14 @@ class Ledger:
         try:
             head = json.loads(self._head_path.read_text())
             lines, last = int(head["lines"]), str(head["sum"])
-        except FileNotFoundError:
-            # It is written right after the first line, so that a crash between the two leaves none.
-            return
+        except FileNotFoundError as cause:
+            # It is written before the first line.
+            if not self._lines:
+                return
+            raise LedgerError(
+                f"{self._head_path} is gone, which says how many lines {self.path} has: lines may have been taken away. "
+                "Nothing is released on it; restore it from a copy"
+            ) from cause
         except (OSError, ValueError, KeyError, TypeError) as cause:
             raise LedgerError(
                 f"{self._head_path} cannot be read ({cause}): restore it, or the ledger, from a copy"

@@ -137,6 +137,41 @@ def test_tampering_is_found_and_stops_every_release(tmp_path: Path, harm: object
         Ledger(path).charge([entry(0, 9)])
 
 
+@pytest.mark.parametrize("kept", [1, 2, 6])
+def test_lines_are_not_read_without_their_number(tmp_path: Path, kept: int) -> None:
+    """Lines and their number may be taken away together."""
+    path = tmp_path / "l"
+    filled(path)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:kept]))
+    path.with_name("l.head").unlink()
+    with pytest.raises(LedgerError, match="head is gone"):
+        Ledger(path)
+
+
+def test_a_crash_before_the_first_line_leaves_a_ledger_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "l"
+    path.touch()
+    ledger = Ledger(path)
+    ledger.charge([entry()])
+    assert Ledger(path).entries == ledger.entries != ()
+
+
+def test_a_number_is_kept_before_the_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed right after its first line was synced, a ledger still reads, and counts it."""
+    path = tmp_path / "l"
+    real = Ledger._write_head
+
+    def dies(self: Ledger) -> None:
+        if self._lines:
+            raise KeyboardInterrupt
+        real(self)
+
+    monkeypatch.setattr(Ledger, "_write_head", dies)
+    with pytest.raises(KeyboardInterrupt):
+        Ledger(path).charge([entry(0), entry(1)])
+    assert len(Ledger(path).entries) == 2
+
+
 def test_a_ledger_set_back_under_a_running_process_is_found(tmp_path: Path) -> None:
     path = tmp_path / "l"
     ledger = filled(path, 1)
