@@ -130,6 +130,10 @@ class PopulationConfig(Section):
             return self.staleness.limit
         return 0 if self.buffer is None else math.inf
 
+    def cohort(self, clients: int) -> int:
+        """Return how many of ``clients`` devices a round wants: the nearest number, halves up, and at least one."""
+        return max(1, math.floor(self.participation * clients + 0.5))
+
 
 class CodecConfig(Section):
     """How payloads become bytes: see `fedkd.codecs`. `auto` is the method's own, else float32 (float64 runs: float64)."""

@@ -118,7 +118,7 @@ class Rounds:
         self.site, self.runner, self.run = site, runner, run
         self.experiment, self.method = site.experiment, site.method
         self.population = site.experiment.population
-        self.wanted = max(1, round_half_up(self.population.participation * len(site.cards)))
+        self.wanted = self.population.cohort(len(site.cards))
         self._remembers = self.population.stalest > 0 and type(self.method).catch_up is not Algorithm.catch_up
         self._seen: tuple[int, Inspection | None] | None = None
         virtual = site.experiment.virtual
@@ -599,8 +599,3 @@ ABSTENTION_BYTES = 1024
 """An abstention has no tensors; a longer message cannot be one, and is not tried as one."""
 
 NOTHING = Contract.of(Nothing, {})
-
-
-def round_half_up(value: float) -> int:
-    """Round to the nearest integer, halves up."""
-    return int(np.floor(value + 0.5))

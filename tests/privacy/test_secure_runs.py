@@ -12,6 +12,7 @@ from fedkd.experiment import load
 from fedkd.messages import Request
 from fedkd.privacy.secure import protocol
 from fedkd.privacy.secure.exchange import take_part
+from fedkd.privacy.secure.quantise import bits_for
 from fedkd.rounds import Rounds
 from fedkd.runners.base import LocalRunner, make_engine
 from fedkd.simulate import resume, start
@@ -140,6 +141,24 @@ def test_a_method_that_compares_answers_and_a_secure_sum_exclude_each_other(monk
     monkeypatch.setattr(DSFL, "needs_each", lambda self: "ds_fl takes the median of answers")
     with pytest.raises(ConfigError, match="exclude each other"):
         load(None, ["privacy.secure_sum=true"])
+
+
+@pytest.mark.parametrize("participation", [0.3, 0.5, 0.7, 1.0])
+def test_as_many_bits_as_the_devices_that_are_asked_need(participation):
+    """Halves round up in both places: half of nine is five, and a sum of five that has room for four wraps around."""
+    words = ["rounds=1", "proxy.size=20", "evaluation.local_only=false", "privacy.secure_sum=true", "privacy.kind=none"]
+    words += [
+        "partition={kind: iid, clients: 9}",
+        "privacy.secure_scale=120",
+        f"population.participation={participation}",
+    ]
+    site = Site.load(load(None, words)[0][1])
+    rounds = Rounds(site, LocalRunner(site, make_engine(site, "serial")), run="r")
+    asked = len(rounds.cohort(0).asked)
+    largest = site.mechanism.grid.largest
+    assert site.mechanism.terms.bits == bits_for(asked, largest, 0)
+    needed = protocol.Terms(length=1, bits=1).needed(asked)
+    assert site.mechanism.least == max(3, needed)
 
 
 def test_too_small_a_cohort_is_refused():

@@ -63,7 +63,7 @@ class SecureSum(Mechanism):
         self.trains = inner.trains
         self.counts_votes = config.kind == "votes" or experiment.method.upload is Votes
         self.sends_votes = experiment.method.upload is Votes
-        cohort = max(1, round(population.participation * clients))
+        cohort = population.cohort(clients)
         share = config.secure_threshold
         least = max(population.minimum, LEAST_COHORT, Terms(length=1, bits=1, threshold=share).needed(cohort))
         if least > cohort:
