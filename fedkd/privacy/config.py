@@ -50,7 +50,9 @@ class PrivacyConfig(BaseModel):
         None, ge=1, description="dp_sgd: rounds that one device takes part in at most. Default: by participation."
     )
     disjoint: bool = Field(
-        True, description="A record lives on one device alone. False: a person's records may be on all of them."
+        True,
+        description="A record lives on one device alone. False (dp_sgd, with noise_multiplier): a person's records may be "
+        "on all of them, and epsilon is composed over all.",
     )
     sampling: Literal["fixed", "poisson"] = Field(
         "fixed",
@@ -102,6 +104,17 @@ class PrivacyConfig(BaseModel):
                 "privacy.epsilon or privacy.noise_multiplier is given, but privacy.kind is none, which protects nothing: "
                 "choose dp_sgd (per record, on the device), labels or votes (per client, on the server)"
             )
+        if self.kind != "none" and not self.disjoint:
+            if self.kind != "dp_sgd":
+                raise ConfigError(
+                    f"privacy.kind {self.kind} protects one client: with records on several clients (privacy.disjoint false) "
+                    "use dp_sgd, or let each person's records be on one client"
+                )
+            if self.epsilon is not None:
+                raise ConfigError(
+                    "privacy.epsilon is kept device by device, but privacy.disjoint is false: what all devices spend counts "
+                    "together. Give privacy.noise_multiplier alone; `fedkd privacy plan` says what it costs"
+                )
         if self.answers is not None and self.threshold is None:
             raise ConfigError("privacy.answers limits confident answers: give privacy.threshold too")
         return self

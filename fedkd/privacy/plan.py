@@ -88,8 +88,12 @@ def cost(experiment: Experiment, kind: Kind, budget: float | None, *, clients: i
     rounds = mechanism.participations if isinstance(mechanism, DpSgd) else mechanism.rounds
     sigma = mechanism.noise_multiplier
 
+    # Where a person's records may be on every device, everybody's releases are composed.
+    devices = 1 if privacy.disjoint else clients
+
     def price(times: int) -> float:
-        return epsilon(mechanism.plan(sigma, times), privacy.delta, privacy.relation)
+        events = [e.times(devices) for e in mechanism.plan(sigma, times)]
+        return epsilon(events, privacy.delta, privacy.relation)
 
     return Cost(
         kind=kind,
@@ -97,7 +101,7 @@ def cost(experiment: Experiment, kind: Kind, budget: float | None, *, clients: i
         relation=privacy.relation,
         delta=privacy.delta,
         noise_multiplier=sigma,
-        events=merge(mechanism.plan(sigma)),
+        events=merge(e.times(devices) for e in mechanism.plan(sigma)),
         one_round=price(1),
         plan=price(rounds),
         one_more=price(rounds + 1),

@@ -28,6 +28,7 @@ from fedkd.privacy.build import LEDGER
 from fedkd.privacy.events import epsilon
 from fedkd.privacy.ledger import Entry, Ledger, LedgerError
 from fedkd.privacy.mechanisms import NoPrivacy, Party, PrivacyError, Released
+from fedkd.privacy.plan import cost
 from fedkd.privacy.policy import Policy, PolicyError
 from fedkd.privacy.record_level import DpSgd
 
@@ -219,6 +220,29 @@ def test_calibrated_runs_spend_their_budget_and_never_more(tmp_path: Path) -> No
 def test_a_seeded_run_is_void_and_says_so(tmp_path: Path) -> None:
     done = simulate.start(validate(merged(SMALL, {"rounds": 1, "privacy": {"seeded": True}})), tmp_path / "r").summary
     assert done["epsilon"] is None and "void" in done["privacy"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "why"),
+    [
+        ({"epsilon": 1.0}, "device by device"),
+        ({"kind": "labels"}, "protects one client"),
+        ({"kind": "votes"}, "one client"),
+    ],
+)
+def test_a_budget_that_would_not_hold_for_records_on_several_devices_is_refused(
+    privacy: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ConfigError, match=why):
+        validate(merged(SMALL, {"privacy": {"disjoint": False, **privacy}}))
+
+
+def test_the_plan_for_records_on_several_devices_is_what_the_run_costs(tmp_path: Path) -> None:
+    chosen = validate(merged(SMALL, {"rounds": 2, "privacy": {"disjoint": False}}))
+    priced = cost(chosen, "dp_sgd", None, clients=4, queries=60, classes=10)
+    assert simulate.start(chosen, tmp_path / "run").summary["epsilon"] == pytest.approx(priced.plan)
+    alone = cost(validate(merged(SMALL, {"rounds": 2})), "dp_sgd", None, clients=4, queries=60, classes=10)
+    assert priced.plan > 1.5 * alone.plan
 
 
 def test_records_that_are_not_disjoint_cost_the_sum_of_all_devices(tmp_path: Path) -> None:
