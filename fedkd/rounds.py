@@ -9,6 +9,7 @@ run as one block when the first of their results is needed.
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from fedkd.server_tools import Tools
 from fedkd.site import Site
 from fedkd.virtual.flights import Flight
 from fedkd.virtual.world import NEVER, World
+
+log = logging.getLogger(__name__)
 
 Agenda = list[tuple[float, int]]
 """A heap of (virtual second, client): when each flight comes to the end of its stage."""
@@ -235,8 +238,17 @@ class Rounds:
             "staleness": float(np.mean(open.staleness)) if open.staleness else None,
             "in_flight": sum(not flight.given_up for flight in progress.flights.values()),
         }
+        if self.site.mechanism.secret_cohort:
+            record |= self._secret(open)
         record |= self._evaluate(progress, number)
         return record
+
+    def _secret(self, open: Open) -> dict[str, Any]:
+        """Leave out of a record what tells who took part: without that secret, sampling amplifies nothing."""
+        for put_aside in open.quarantined:
+            log.warning("round %d: %s", open.number, put_aside)
+        counts = dict.fromkeys(("asked", "answered", "abstained", "dropped", "late", "staleness"))
+        return {**counts, "in_flight": 0, "quarantined": [], "bytes_up": 0, "bytes_down": 0}
 
     def _open(self, progress: Progress, number: int) -> Open:
         seen, taken = np.zeros((2, len(self.site.cards)), bool)

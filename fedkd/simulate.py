@@ -393,7 +393,11 @@ def _summary(site: Site, rounds: Rounds, progress: Progress, folder: Path, secon
         "bytes_up_per_device": progress.bytes_up / devices,
         "bytes_down_per_device": (progress.bytes_down + result["bytes_proxy"]) / devices,
         "seconds": seconds,
-        "notes": _notes(rows) + _sampled(len(accuracies), devices) + _codec(site.experiment) + _lost(site, recall),
+        "notes": _notes(rows)
+        + _uncovered(site, seen is not None)
+        + _sampled(len(accuracies), devices)
+        + _codec(site.experiment)
+        + _lost(site, recall),
     }
     return result
 
@@ -409,6 +413,19 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     refused = [q for row in rows for q in row["quarantined"]]
     if refused:
         notes.append(f"{len(refused)} answers were quarantined, the first: {refused[0]['message']}")
+    return notes
+
+
+def _uncovered(site: Site, looked: bool) -> list[str]:
+    """Say what of a summary with an epsilon the epsilon does not cover."""
+    notes = []
+    if site.mechanism.unit is not None and looked:
+        notes.append(
+            "accuracies of devices and of their ensemble, local_only and counts of records are the simulation's own look "
+            "behind the protection: epsilon covers the student alone, so publish no more than that"
+        )
+    if site.mechanism.secret_cohort:
+        notes.append("who took part is secret (privacy.sampling poisson): numbers of devices and of bytes are left out")
     return notes
 
 

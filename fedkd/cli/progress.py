@@ -73,8 +73,10 @@ def said(record: Mapping[str, Any]) -> str:
         words.append(f"devices {100 * sum(known) / max(len(known), 1):.1f} %")
     if record["failed"]:
         words.append(f"failed: {record['failed']}")
-    words.append(f"{record['answered']} answers")
+    if record["answered"] is not None:
+        words.append(f"{record['answered']} answers")
     if record["quarantined"]:
         words.append(f"{len(record['quarantined'])} quarantined")
-    words.append(f"{(record['bytes_up'] + record['bytes_down']) / 1e6:.2f} MB")
+    if record["asked"] is not None:
+        words.append(f"{(record['bytes_up'] + record['bytes_down']) / 1e6:.2f} MB")
     return ", ".join(words)

@@ -85,10 +85,13 @@ def _watch(kit: ServerKit, folder: Path, on: Path) -> None:
 
 def _line(record: dict[str, Any] | Any, rounds: int) -> str:
     student = record["student_accuracy"]
-    words = [f"round {record['round'] + 1}/{rounds}", f"{record['answered']}/{record['asked']} answers"]
+    words = [f"round {record['round'] + 1}/{rounds}"]
+    if record["asked"] is not None:
+        words.append(f"{record['answered']}/{record['asked']} answers")
     if student is not None:
         words.append(f"student {100 * student:.1f} %")
-    words.append(f"{(record['bytes_up'] + record['bytes_down']) / 1e6:.2f} MB")
+    if record["asked"] is not None:
+        words.append(f"{(record['bytes_up'] + record['bytes_down']) / 1e6:.2f} MB")
     words.append(f"{record['seconds']:.1f} s")
     if record["quarantined"]:
         words.append("quarantined: " + ", ".join(f"{q['client']} ({q['reason']})" for q in record["quarantined"]))

@@ -87,7 +87,8 @@ class RunMetrics(Collector):
                 quarantined.add_metric([name, reason], count)
             if done:
                 latest.add_metric([name], done[-1].seconds)
-                answered.add_metric([name], done[-1].answered)
+                if done[-1].raw.get("answered") is not None:
+                    answered.add_metric([name], done[-1].answered)
                 spent = done[-1].epsilon
                 epsilon.add_metric([name], float("inf") if spent is None else spent)
                 if done[-1].student_accuracy is not None:

@@ -348,7 +348,9 @@ def bytes_section(run: Run) -> Section | None:
     if not run.rounds:
         return None
     if not (run.bytes_up or run.bytes_down or run.bytes_proxy):
-        return Section(title="Bytes", body=paragraph("Nothing left a device and nothing was sent to one."))
+        secret = bool(run.rounds) and run.rounds[-1].raw.get("asked", 0) is None
+        text = _SECRET if secret else "Nothing left a device and nothing was sent to one."
+        return Section(title="Bytes", body=paragraph(text))
     up, down = [(0.0, 0.0)], [(0.0, float(run.bytes_proxy))]
     for row in run.rounds:
         up.append((_x(row.round), up[-1][1] + row.bytes_up))
@@ -496,10 +498,15 @@ def partition_section(run: Run) -> Section | None:
     return Section(title="Who holds what", body=figure(chart, text), wide=clients > 7)
 
 
+_SECRET = "Who took part is secret, and with it how many did and how much they sent."
+
+
 def events_section(run: Run) -> Section | None:
     """What went wrong, or that nothing did."""
     if not run.rounds:
         return None
+    if run.rounds[-1].raw.get("asked", 0) is None:
+        return Section(title="Events", body=paragraph(_SECRET))
     names = ("dropped", "late", "abstained", "quarantined")
     counts = {
         name: [len(row.quarantined) if name == "quarantined" else getattr(row, name) for row in run.rounds]

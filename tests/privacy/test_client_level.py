@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fedkd.privacy.client_level import (
 from fedkd.privacy.events import Event, epsilon
 from fedkd.privacy.ledger import SERVER, Ledger
 from fedkd.privacy.mechanisms import NothingReleased
+from fedkd.report.html import write_report
 
 Q, C, K = 40, 10, 30
 CASES = {"zero": 0.0, "huge": 1e300, "nan": float("nan"), "inf": float("inf"), "minus inf": -float("inf")}
@@ -263,4 +265,38 @@ def test_runs_tell_epsilon_per_client_and_keep_within_the_budget(options: dict[s
     summary = simulate.start(experiment, tmp_path / "r").summary
     assert summary["privacy"]["unit"] == "client" and summary["delta"] == 1e-5
     assert 5.5 <= summary["epsilon"] <= 6.0
+    told = [json.loads(line) for line in (tmp_path / "r" / "rounds.jsonl").read_text().splitlines()]
+    assert all(row["loss"] == {} for row in told), "a loss on private records, which no noise covers"
+    assert any("epsilon covers the student alone" in note for note in summary["notes"])
     assert Ledger(tmp_path / "r" / "privacy" / "ledger.jsonl").spent(1e-5)[0].epsilon == summary["epsilon"]
+
+
+def test_a_secret_cohort_leaves_no_trace_in_what_a_run_publishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs that differ in who took part, and in who failed, publish the same numbers of devices and bytes: none."""
+    published = []
+    for chosen in ([0, 1, 2, 3, 4], [2], []):
+        monkeypatch.setattr(ClientLevel, "draw", lambda *_, chosen=chosen: np.array(chosen, np.int64))
+        experiment = validate(
+            {
+                "rounds": 2, "partition": {"clients": 8}, "proxy": {"size": 60}, "proxy_per_round": 40,
+                "training": {"steps": 2}, "digest": {"epochs": 1}, "server": {"epochs": 1},
+                "population": {"participation": 0.4, "dropout": 0.3}, "evaluation": {"local_only": False},
+                "privacy": {"kind": "labels", "sampling": "poisson", "epsilon": 6},
+            }
+        )  # fmt: skip
+        folder = tmp_path / str(len(chosen))
+        summary = simulate.start(experiment, folder).summary
+        rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        # What a run measures, and how long it took, is no matter of who took part here.
+        measured = {"student_accuracy", "clients_accuracy", "ensemble_accuracy", "seconds"}
+        published.append(
+            [{k: v for k, v in row.items() if k not in measured} for row in rows]
+            + [{k: summary[k] for k in ("bytes_up", "bytes_down", "bytes_up_per_device", "bytes_down_per_device")}]
+        )
+        assert rows[0]["asked"] is None and rows[0]["quarantined"] == []
+        assert any("who took part is secret" in note for note in summary["notes"])
+        page = write_report(folder).read_text()
+        assert "Who took part is secret" in page and "0 requests" not in page and "Nothing left a device" not in page
+    assert published[0] == published[1] == published[2]

@@ -195,9 +195,10 @@ class SecureSum(Mechanism):
         """Return the vector that enters the sum: good for the sum alone, since one device's noise is a small share."""
         if not self.noisy:
             inner = self.inner.release(payload, party, examples=examples, losses=losses)
-            return self._seal(self._vector(inner.payload, None), 1.0, dict(inner.losses))
+            # Losses of the device's own would stand beside a sum that hides its answer; those of a DP model may.
+            return self._seal(self._vector(inner.payload, None), 1.0, dict(inner.losses) if self.trains else None)
         if isinstance(payload, Nothing):
-            return self._seal(payload, 1.0, losses)
+            return self._seal(payload, 1.0, None)
         place = (party.device, party.run, party.round)
         if place not in self._charged:
             # A client without gradients goes through no phases, so that nobody has admitted it yet.
@@ -207,7 +208,7 @@ class SecureSum(Mechanism):
             self._charge(party.run, party.round, [party.device])
         self._charged.discard(place)
         source = NoiseSource(self.name, self.seed, party.device, party.round) if self.config.seeded else NoiseSource()
-        return self._seal(self._vector(payload, source), 1.0, losses)
+        return self._seal(self._vector(payload, source), 1.0, None)
 
     def _vector(self, payload: Payload, source: NoiseSource | None) -> Payload:
         if isinstance(payload, Nothing):
