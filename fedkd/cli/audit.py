@@ -46,6 +46,7 @@ def show(found: dict[str, Any]) -> None:
         )
     out.print(f"{found['canaries']} canaries; {found['rerun']}", highlight=False)
     out.print(table)
+    out.print(claims_line(found), highlight=False, soft_wrap=True)
     labels = found["label_inference"]
     if labels is not None:
         out.print(
@@ -61,6 +62,13 @@ def show(found: dict[str, Any]) -> None:
             highlight=False,
         )
     out.print(found["verdict"], highlight=False)
+
+
+def claims_line(found: dict[str, Any]) -> str:
+    """Return what the run claims, what its ledger says, and what its repetition, which was attacked, claims."""
+    run = found["run"]
+    told = (run["epsilon"], run["ledger"], found["claim"]["epsilon"])
+    return "epsilon of the run {}, of its ledger {}, of its repetition {}".format(*map(claimed_text, told))
 
 
 def claimed_text(value: float | None) -> str:

@@ -589,6 +589,10 @@ def audit_section(run: Run) -> Section | None:
     head = ("view", "attacker", "AUC", "TPR at 1 % FPR", "epsilon at least", "epsilon claimed")
     body = paragraph(f"{found.get('canaries')} canaries; {found.get('rerun')}.") + table(head, rows, words=2)
     mechanism, labels = found.get("mechanism"), found.get("label_inference")
+    if "run" in found:
+        told = (found["run"]["epsilon"], found["run"]["ledger"], found["claim"]["epsilon"])
+        known = [DASH if value is None else f"{value:.2f}" for value in told]
+        body += paragraph(f"Epsilon of the run {known[0]}, of its ledger {known[1]}, of its repetition {known[2]}.")
     if mechanism:
         body += paragraph(
             f"Mechanism, {mechanism['what']}, {mechanism['runs']:,} times: epsilon at least {mechanism['bound']:.2f}, "

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from fedkd.cli.audit import claims_line
 from fedkd.experiment import load
 from fedkd.privacy.audit.bounds import (
     auc,
@@ -15,9 +16,10 @@ from fedkd.privacy.audit.bounds import (
     one_run,
     one_run_bound,
     one_run_p_value,
+    shared,
     tpr_at,
 )
-from fedkd.privacy.audit.run import audit_run
+from fedkd.privacy.audit.run import _verdict, audit_run
 from fedkd.report.html import write_report
 from fedkd.simulate import start
 
@@ -67,6 +69,50 @@ def test_the_audit_of_a_plain_run_finds_the_leak(tmp_path):
     assert views["local model"]["claimed"] is None and "leak" in found["verdict"]
     assert json.loads((tmp_path / "a" / "audit.json").read_text()) == json.loads(json.dumps(found))
     assert "epsilon at least" in write_report(tmp_path / "a").read_text()
+
+
+def test_several_tests_share_the_error_probability():
+    """Guesses at random about many views at 95 % each would refute a true claim far more often than once in twenty."""
+    assert [1 - shared(n) for n in (1, 5)] == pytest.approx([0.05, 0.01])
+    assert one_run_bound(600, 120, 100, confidence=shared(5)) < one_run_bound(600, 120, 100)
+    view = {"name": "student", "epsilon": 2.1, "joint": 1.9, "claimed": 2.0}
+    found = {"views": [view], "claim": {"epsilon": 2.0}, "run": {"finished": True, "epsilon": 2.0, "ledger": 2.0}}
+    assert "no attack refutes" in _verdict(found, None)
+    assert "refuted" in _verdict({**found, "views": [{**view, "joint": 2.1}]}, None)
+
+
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        ({"epsilon": 0.5, "ledger": 2.0}, "its ledger holds 2.000"),
+        ({"epsilon": 0.5, "ledger": 0.5}, "its repetition 2.000"),
+        ({"epsilon": 2.0, "ledger": None}, "no ledger shows it"),
+        ({"epsilon": 0.0, "ledger": None}, "its repetition 2.000"),
+        ({"epsilon": 0.5, "ledger": 0.5, "finished": False}, None),
+        ({"epsilon": 3.0, "ledger": 3.0}, None),
+    ],
+)
+def test_a_claim_is_held_against_its_ledger_and_its_repetition(run, why):
+    found = {"views": [], "claim": {"epsilon": 2.0}, "run": {"finished": True, **run}}
+    assert (why or "no attack refutes the claim") in _verdict(found, None)
+
+
+def test_the_audit_reads_the_runs_own_claim_and_ledger(tmp_path):
+    words = [
+        "rounds=1",
+        "partition={kind: iid, clients: 4}",
+        "privacy.kind=labels",
+        "privacy.epsilon=4",
+        "proxy.size=40",
+    ]
+    start(load(None, [*words, "evaluation.local_only=false", "training.epochs=1"])[0][1], tmp_path / "a")
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    (tmp_path / "a" / "summary.json").write_text(json.dumps({**summary, "epsilon": 0.1}))
+    found = audit_run(tmp_path / "a", canaries=60, runs=200)
+    assert found["run"] == {"finished": True, "epsilon": 0.1, "ledger": summary["epsilon"]}
+    assert "claims epsilon 0.100" in found["verdict"]
+    assert f"of its ledger {summary['epsilon']:.2f}" in write_report(tmp_path / "a").read_text()
+    assert f"of its ledger {summary['epsilon']:.2f}" in claims_line(found)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from fedkd.experiment import Experiment
 from fedkd.losses import cross_entropy, soft_cross_entropy
 from fedkd.nets import Net
 from fedkd.payloads import Logits, Payload, SoftLabels, Votes
-from fedkd.privacy.audit.bounds import auc, mean_total_variation, one_run, tpr_at
+from fedkd.privacy.audit.bounds import auc, mean_total_variation, one_run, shared, tpr_at
 from fedkd.privacy.audit.canaries import Canaries, insert
 from fedkd.records import Records
 from fedkd.rounds import Progress, Rounds
@@ -39,13 +39,17 @@ REFERENCES = 4
 
 @dataclass(frozen=True)
 class View:
-    """What one attacker found. ``epsilon`` is the lower bound at 95 %; ``right`` of ``guesses`` guesses made it."""
+    """What one attacker found. ``epsilon`` is the lower bound at 95 %; ``right`` of ``guesses`` guesses made it.
+
+    ``joint``: the bound where this is one of several tests that share the error probability.
+    """
 
     name: str
     who: str
     auc: float
     tpr_at_1_percent_fpr: float
     epsilon: float
+    joint: float
     guesses: int
     right: int
 
@@ -123,30 +127,31 @@ def rerun(experiment: Experiment, canaries: int = CANARIES, seed: int = 0) -> Re
 # ---- views ----------------------------------------------------------------------------------------------------------
 def membership(run: Rerun) -> list[View]:
     """Attack the local models, the soft labels through surrogates, and the student; whatever of them there is."""
-    views = []
+    found: list[tuple[str, str, NDArray[np.floating]]] = []
     if run.devices:
         clients = list(run.devices)
         scores = calibrated(run.scores, clients, run.canaries)
-        views.append(judge("local model", "whoever holds a device's model", scores, run))
+        found.append(("local model", "whoever holds a device's model", scores))
         sent = labels_of(run)
         if sent is not None:
             surrogates = torch.stack([_surrogate(run, labels) for labels in sent])
             scores = calibrated(surrogates, clients, run.canaries)
-            views.append(judge("soft labels", "whoever sees a device's answers", scores, run))
+            found.append(("soft labels", "whoever sees a device's answers", scores))
     reference = _reference(run)
     published = probabilities(run.progress.state.knowledge)
     if published is not None and len(published) == len(run.asked):
         margin = margins(_surrogate(run, published), run.canaries.label).numpy()
-        views.append(judge("published labels", "other devices", margin - reference, run))
+        found.append(("published labels", "other devices", margin - reference))
     if "student" in run.progress.state.models:
         architecture, weights = run.progress.state.models["student"]
         margin = margins(_score(run, architecture, weights), run.canaries.label).numpy()
-        views.append(judge("student", "whoever holds the student", margin - reference, run))
-    return views
+        found.append(("student", "whoever holds the student", margin - reference))
+    # The audit of the mechanism is one test more.
+    return [judge(name, who, scores, run, len(found) + 1) for name, who, scores in found]
 
 
-def judge(name: str, who: str, scores: NDArray[np.floating], run: Rerun) -> View:
-    """Turn one attacker's scores [m] into what they prove."""
+def judge(name: str, who: str, scores: NDArray[np.floating], run: Rerun, tests: int) -> View:
+    """Turn one attacker's scores [m] into what they prove, alone and as one of ``tests`` tests."""
     inside, delta = run.canaries.inside, run.site.experiment.privacy.delta
     found = one_run(scores, inside, delta)
     return View(
@@ -155,6 +160,7 @@ def judge(name: str, who: str, scores: NDArray[np.floating], run: Rerun) -> View
         auc(scores, inside),
         tpr_at(scores, inside),
         found.epsilon,
+        one_run(scores, inside, delta, shared(tests)).epsilon,
         found.guesses,
         found.right,
     )

@@ -23,6 +23,12 @@ CONFIDENCE = 0.95
 LARGEST = 50.0
 """No audit of fewer than e^50 canaries finds more."""
 
+
+def shared(tests: int) -> float:
+    """Return the confidence of each of ``tests`` tests that are wrong together in 1 - CONFIDENCE at most (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(1, tests)
+
+
 Scores = NDArray[np.floating]
 Coins = NDArray[np.bool_]
 

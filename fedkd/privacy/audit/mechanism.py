@@ -19,7 +19,7 @@ from fedkd.collected import Collected
 from fedkd.engines.base import Task
 from fedkd.experiment import Experiment, TrainingConfig
 from fedkd.payloads import Integers, Nothing, SoftLabels
-from fedkd.privacy.audit.bounds import ManyRuns, many_runs
+from fedkd.privacy.audit.bounds import many_runs, shared
 from fedkd.privacy.build import build
 from fedkd.privacy.client_level import ClientLevel
 from fedkd.privacy.dpsgd import train_private
@@ -43,51 +43,64 @@ Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class MechanismAudit:
-    """One release: what it claims, and the bounds at 95 %, with the Gaussian trade-off and without any assumption."""
+    """One release: what it claims, and the bounds at 95 %, with the Gaussian trade-off and without any assumption.
+
+    ``joint``: the bound where this is one of several tests that share the error probability.
+    """
 
     what: str
     claimed: float
     bound: float
     bound_any: float
+    joint: float
     delta: float
     runs: int
 
     @property
     def holds(self) -> bool:
         """Whether the attack leaves the claim standing."""
-        return self.bound <= self.claimed
+        return self.joint <= self.claimed
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
         return {**asdict(self), "holds": self.holds}
 
 
-def audit_mechanism(experiment: Experiment, site: Site, runs: int | None = None) -> MechanismAudit | None:
-    """Audit one release of the mechanism that ``experiment`` names; None where it has none."""
+def audit_mechanism(
+    experiment: Experiment, site: Site, runs: int | None = None, tests: int = 1
+) -> MechanismAudit | None:
+    """Audit one release of the mechanism that ``experiment`` names; None where it has none.
+
+    Args:
+        tests: how many tests the verdict rests on, this one included.
+    """
     mechanism = site.mechanism
     delta = experiment.privacy.delta
     if isinstance(mechanism, SecureSum) and mechanism.noisy:
         count = min(runs or SECURE_RUNS, SECURE_RUNS)
         small = _smaller(experiment, mechanism, site)
         assert isinstance(small, SecureSum)
-        found = many_runs(*secure_statistics(small, count), delta)
+        statistics = secure_statistics(small, count)
         claimed = epsilon(small.price(), delta, experiment.privacy.relation)
-        return _result(f"sum of {small.queries} queries over {small.least} devices", claimed, found, delta)
+        return _result(f"sum of {small.queries} queries over {small.least} devices", claimed, statistics, delta, tests)
     if isinstance(mechanism, ClientLevel):
         small = _smaller(experiment, mechanism, site)
         assert isinstance(small, ClientLevel)
-        found = many_runs(*client_statistics(small, runs or RUNS), delta)
+        statistics = client_statistics(small, runs or RUNS)
         answers = [Event(sigma=e.sigma, count=e.count, reach=e.reach) for e in small.price()[-1:]]
-        return _result(f"noisy sum for {small.queries} queries", epsilon(answers, delta), found, delta)
+        return _result(f"noisy sum for {small.queries} queries", epsilon(answers, delta), statistics, delta, tests)
     if isinstance(mechanism.trainer, DpSgd):
         sigma = mechanism.trainer.noise_multiplier
-        found = many_runs(*step_statistics(experiment, sigma, runs or RUNS), delta)
-        return _result("one step of DP-SGD without sampling", epsilon([Event(sigma=sigma)], delta), found, delta)
+        statistics = step_statistics(experiment, sigma, runs or RUNS)
+        claimed = epsilon([Event(sigma=sigma)], delta)
+        return _result("one step of DP-SGD without sampling", claimed, statistics, delta, tests)
     return None
 
 
-def _result(what: str, claimed: float, found: ManyRuns, delta: float) -> MechanismAudit:
-    return MechanismAudit(what, claimed, found.gaussian, found.any_mechanism, delta, found.runs)
+def _result(what: str, claimed: float, statistics: Statistics, delta: float, tests: int) -> MechanismAudit:
+    found = many_runs(*statistics, delta)
+    joint = many_runs(*statistics, delta, shared(tests)).gaussian
+    return MechanismAudit(what, claimed, found.gaussian, found.any_mechanism, joint, delta, found.runs)
 
 
 def _smaller(experiment: Experiment, mechanism: ClientLevel | SecureSum, site: Site) -> Mechanism:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedkd.errors import ConfigError
-from fedkd.experiment import read_yaml, validate
+from fedkd.experiment import Experiment, read_yaml, validate
 from fedkd.privacy.audit.attack import CANARIES, Rerun, label_inference, membership, rerun
 from fedkd.privacy.audit.bounds import CONFIDENCE
 from fedkd.privacy.audit.mechanism import MechanismAudit, audit_mechanism
+from fedkd.privacy.build import LEDGER
 from fedkd.privacy.events import epsilon
-from fedkd.privacy.ledger import SERVER
+from fedkd.privacy.ledger import SERVER, Ledger
 from fedkd.simulate import CONFIG, SUMMARY
 from fedkd.storage import write_json
 
 AUDIT, SCHEMA = "audit.json", 1
+
+TOLERANCE = 1e-6
+"""Claims that differ by less are the same, in other digits of floats."""
 
 TRUSTED = "the claim leaves this view out: it is the trusted server's"
 
@@ -39,6 +45,7 @@ def audit_run(folder: Path, *, canaries: int = CANARIES, seed: int = 0, runs: in
         "schema": SCHEMA,
         "confidence": CONFIDENCE,
         "claim": again.site.mechanism.claim().to_json(),
+        "run": _published(folder, experiment),
         "canaries": len(again.canaries),
         "seed": seed,
         "rerun": (
@@ -49,11 +56,37 @@ def audit_run(folder: Path, *, canaries: int = CANARIES, seed: int = 0, runs: in
     }
     labels = label_inference(again)
     found["label_inference"] = None if labels is None else {"attack": labels.attack, "prior": labels.prior}
-    mechanism = audit_mechanism(experiment, again.site, runs)
+    mechanism = audit_mechanism(experiment, again.site, runs, len(found["views"]) + 1)
     found["mechanism"] = None if mechanism is None else mechanism.to_json()
     found["verdict"] = _verdict(found, mechanism)
     write_json(folder / AUDIT, found)
     return found
+
+
+def _published(folder: Path, experiment: Experiment) -> dict[str, Any]:
+    """Return what the run itself claims, and what its own ledger says: epsilon each, None for none or infinity."""
+    summary = json.loads((folder / SUMMARY).read_text())
+    told = {"finished": summary.get("status") == "finished", "epsilon": summary.get("epsilon"), "ledger": None}
+    privacy = experiment.privacy
+    if privacy.unit is not None and (folder / LEDGER).is_file():
+        spent = Ledger(folder / LEDGER).spent(privacy.delta, disjoint=privacy.disjoint)
+        told["ledger"] = next((s.epsilon for s in spent if s.unit == privacy.unit and not s.void), None)
+    return told
+
+
+def _contradictions(found: Mapping[str, Any]) -> list[str]:
+    """Say where the run's claim, its ledger and the claim of its repetition do not go together."""
+    run, again = found["run"], found["claim"]["epsilon"]
+    if run["epsilon"] is None:
+        return []
+    said = []
+    if run["ledger"] is None and run["epsilon"] > 0:
+        said.append(f"the run claims epsilon {run['epsilon']:.3f}, and no ledger shows it")
+    if run["ledger"] is not None and run["ledger"] > run["epsilon"] + TOLERANCE:
+        said.append(f"the run claims epsilon {run['epsilon']:.3f}, its ledger holds {run['ledger']:.3f}")
+    if run["finished"] and again is not None and again > run["epsilon"] + TOLERANCE:
+        said.append(f"the run claims epsilon {run['epsilon']:.3f}, its repetition {again:.3f}")
+    return said
 
 
 def _views(again: Rerun) -> list[dict[str, Any]]:
@@ -91,12 +124,15 @@ def _limit(again: Rerun) -> float | None:
 
 
 def _verdict(found: dict[str, Any], mechanism: MechanismAudit | None) -> str:
-    broken = [v["name"] for v in found["views"] if v["claimed"] is not None and v["epsilon"] > v["claimed"]]
+    broken = [v["name"] for v in found["views"] if v["claimed"] is not None and v["joint"] > v["claimed"]]
     if mechanism is not None and not mechanism.holds:
         broken.append(f"mechanism ({mechanism.what})")
+    wrong = _contradictions(found)
     if broken:
-        return f"the claim is refuted at {100 * CONFIDENCE:g} % confidence by: {', '.join(broken)}"
+        wrong.append(f"the claim is refuted at {100 * CONFIDENCE:g} % confidence by: {', '.join(broken)}")
+    if wrong:
+        return "; ".join(wrong)
     if found["claim"]["epsilon"] is None:
-        leaks = [v["name"] for v in found["views"] if v["epsilon"] > 0]
+        leaks = [v["name"] for v in found["views"] if v["joint"] > 0]
         return "nothing is claimed" + (f"; the attack found a leak in: {', '.join(leaks)}" if leaks else "")
     return "no attack refutes the claim; that proves nothing beyond these attacks"
