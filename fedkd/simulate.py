@@ -424,6 +424,13 @@ def _uncovered(site: Site, looked: bool) -> list[str]:
             "accuracies of devices and of their ensemble, local_only and counts of records are the simulation's own look "
             "behind the protection: epsilon covers the student alone, so publish no more than that"
         )
+    life = site.mechanism.ledger.life
+    if life is not None:
+        life.refresh()
+        privacy = site.experiment.privacy
+        for spent in life.spent(privacy.delta, disjoint=privacy.disjoint):
+            known = "void" if spent.void else f"{spent.epsilon:.3f} at delta {spent.delta:g}"
+            notes.append(f"over all runs of this server, epsilon per {spent.unit} is {known}")
     if site.mechanism.secret_cohort:
         notes.append("who took part is secret (privacy.sampling poisson): numbers of devices and of bytes are left out")
     return notes

@@ -99,7 +99,7 @@ def _play(kit: ServerKit, grid: Any, folder: Path, standing: Standing) -> None:
     from fedkd.deploy.network import GridPost, Member, NetworkRunner
     from fedkd.deploy.sites import server_site
     from fedkd.experiment import read_yaml, validate
-    from fedkd.privacy.build import open_ledger
+    from fedkd.privacy.build import LEDGER, open_ledger
 
     experiment = validate(read_yaml(folder / simulate.CONFIG))
     clients = kit.client_list().clients
@@ -111,7 +111,7 @@ def _play(kit: ServerKit, grid: Any, folder: Path, standing: Standing) -> None:
     if not members:
         raise ConfigError("nobody takes part: clients.yaml names no client that is not revoked")
     site = server_site(experiment, max(c.id for c in clients) + 1)
-    open_ledger(site, folder)
+    open_ledger(site, folder, kit.state / LEDGER)
     post = GridPost(grid, int(experiment.deployment.max_answer_mib * 2**20))
     runner = NetworkRunner(site, post, members, f"{folder.name}.{standing.token}")
     if not (folder / simulate.PARTITION).exists():

@@ -50,9 +50,11 @@ def _plain(experiment: Experiment, *, clients: int, queries: int, classes: int) 
     return chosen(experiment, clients=clients, queries=queries, classes=classes)
 
 
-def open_ledger(site: Site, folder: Path) -> None:
+def open_ledger(site: Site, folder: Path, life: Path | None = None) -> None:
     """Let a simulation charge the ledger of the run in ``folder``, under the policy that the experiment names.
 
+    Args:
+        life: ledger of all runs of a real server, whose clients stay the same people from run to run.
     Raises:
         LedgerError: the ledger was tampered with. PolicyError: the experiment goes beyond the policy.
     """
@@ -64,4 +66,5 @@ def open_ledger(site: Site, folder: Path) -> None:
         policy = Policy.load(Path(privacy.policy))
         policy.check_experiment(site.experiment, site.proxy.identity if site.proxy is not None else None)
     if privacy.kind != "none":
-        site.mechanism.open(Ledger(folder / LEDGER), policy)
+        whole = None if life is None else Ledger(life)
+        site.mechanism.open(Ledger(folder / LEDGER, whole), policy)

@@ -100,12 +100,15 @@ class Spent:
 class Ledger:
     """See the module text. ``path`` None keeps it in memory, for tests and dry runs.
 
+    ``life``: a ledger of everything that the same party ever released. It is charged too, and first, so that a crash
+    between the two makes it say more than was released, and never less.
+
     Raises:
         LedgerError: the file was changed, cut or cannot be read.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None, life: Ledger | None = None) -> None:
+        self.path, self.life = path, life
         self._entries: list[Entry] = []
         self._spent: dict[tuple[int, Unit], dict[Event, int]] = {}
         self._by_run: dict[tuple[int, Unit, str], dict[Event, int]] = {}
@@ -202,6 +205,8 @@ class Ledger:
         """
         if not entries:
             return
+        if self.life is not None:
+            self.life.charge(entries)
         if self.path is None:
             for entry in entries:
                 self._take(entry)

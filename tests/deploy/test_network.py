@@ -224,6 +224,42 @@ def test_errors_leave_a_device_without_their_words(where: str, tmp_path: Path, m
     assert "names no models" in network.wire.devices[0].handle(ask).message
 
 
+def test_a_servers_runs_share_one_account(network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clients are the same people in every run: noise on sums of one run after the other composes."""
+    from fedkd.deploy import serve
+    from fedkd.privacy import build
+    from fedkd.privacy.ledger import Ledger
+
+    privacy = {"kind": "labels", "noise_multiplier": 5.0}
+    chosen = experiment(CLIENTS, rounds=1, privacy=privacy)
+    said = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        runner = network.runner(chosen, name)
+        build.open_ledger(runner.site, folder, network.server.state / build.LEDGER)
+        done = simulate.play(runner.site, runner, folder, None, run=runner.run)
+        (mine,) = Ledger(folder / build.LEDGER).spent(1e-5)
+        assert done.summary["epsilon"] == mine.epsilon
+        (whole,) = Ledger(network.server.state / build.LEDGER).spent(1e-5)
+        said.append(whole.epsilon)
+        assert any(f"over all runs of this server, epsilon per client is {whole.epsilon:.3f}" in n
+                   for n in done.summary["notes"])  # fmt: skip
+    assert said[1] > 1.2 * said[0]
+
+    class Seen(Exception):
+        pass
+
+    def seen(site: Any, folder: Path, life: Path) -> None:
+        assert life == network.server.state / build.LEDGER
+        raise Seen
+
+    monkeypatch.setattr(build, "open_ledger", seen)
+    (tmp_path / "a" / simulate.CONFIG).write_text(chosen.dump())
+    with pytest.raises(Seen):
+        serve._play(network.server, None, tmp_path / "a", serve.Standing("t"))
+
+
 def test_secure_sums_are_refused_on_a_network(network: Network, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="by `fedkd simulate` only"):
         network.play(experiment(CLIENTS, privacy={"kind": "none", "secure_sum": True}), tmp_path / "run")

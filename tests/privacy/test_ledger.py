@@ -172,6 +172,23 @@ def test_a_number_is_kept_before_the_first_line(tmp_path: Path, monkeypatch: pyt
     assert len(Ledger(path).entries) == 2
 
 
+def test_a_life_is_charged_first_and_with_every_run(tmp_path: Path) -> None:
+    life = tmp_path / "life"
+    for name in ("a", "b"):
+        ledger = Ledger(tmp_path / name, Ledger(life))
+        ledger.charge([entry(run=name), entry(run=name, round=1)])
+        assert ledger.epsilon(1e-5, 0) == epsilon([ONE.times(2)], 1e-5)
+    assert Ledger(life).epsilon(1e-5, 0) == epsilon([ONE.times(4)], 1e-5)
+    # The disk of the run is full: what was paid for and not released stays in the life's account.
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "l").mkdir()
+    broken = Ledger(tmp_path / "d", Ledger(life))
+    broken.path = tmp_path / "c" / "l"
+    with pytest.raises(LedgerError):
+        broken.charge([entry(run="c")])
+    assert Ledger(life).epsilon(1e-5, 0) == epsilon([ONE.times(5)], 1e-5)
+
+
 def test_a_ledger_set_back_under_a_running_process_is_found(tmp_path: Path) -> None:
     path = tmp_path / "l"
     ledger = filled(path, 1)
