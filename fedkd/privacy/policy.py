@@ -28,7 +28,9 @@ class Policy(BaseModel):
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Delta at which `epsilon` is counted.")
     require_privacy: bool = Field(
-        False, description="Refuse experiments without differential privacy. Implied by `epsilon`."
+        False,
+        description="Refuse experiments without differential privacy. Implied by `epsilon`. Alone it takes `labels` and "
+        "`votes`, whose noise a server adds that sees this node's raw answers: give `epsilon` where it is not trusted.",
     )
     min_cohort: int = Field(1, ge=1, description="Refuse experiments that go on with fewer answers than this.")
     proxy_sha256: str | None = Field(
@@ -81,6 +83,11 @@ class Policy(BaseModel):
         if self.max_rounds is not None and experiment.rounds > self.max_rounds:
             raise PolicyError(
                 f"this node's policy allows {self.max_rounds} rounds; the experiment has {experiment.rounds}"
+            )
+        if self.proxy_sha256 is not None and not proxy_identity:
+            raise PolicyError(
+                f"this node's policy pins proxy set {self.proxy_sha256[:16]}..., and method {experiment.method.name} asks for "
+                "answers without one: those may tell more than labels of the pinned inputs"
             )
         if self.proxy_sha256 is not None and proxy_identity:
             n = min(len(self.proxy_sha256), len(proxy_identity))

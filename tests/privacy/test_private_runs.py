@@ -335,6 +335,11 @@ def test_a_policy_refuses_what_goes_beyond_it(tmp_path: Path) -> None:
         with pytest.raises(PolicyError, match=reason):
             policy.check_experiment(experiment, "a" * 64)
     Policy(proxy_sha256="a" * 64).check_experiment(private, "a" * 32)
+    for nothing in (None, ""):
+        with pytest.raises(PolicyError, match="answers without one"):
+            Policy(proxy_sha256="a" * 64).check_experiment(private, nothing)
+    # What it says it takes, and what it says refuses it.
+    Policy(require_privacy=True).check_experiment(central, "a" * 64)
 
 
 def test_the_policy_file_is_checked_and_the_example_is_valid(tmp_path: Path) -> None:
