@@ -86,8 +86,8 @@ class Policy(BaseModel):
             )
         if self.proxy_sha256 is not None and not proxy_identity:
             raise PolicyError(
-                f"this node's policy pins proxy set {self.proxy_sha256[:16]}..., and method {experiment.method.name} asks for "
-                "answers without one: those may tell more than labels of the pinned inputs"
+                f"this node's policy pins proxy set {self.proxy_sha256[:16]}..., and method {experiment.method.name} asks "
+                "for answers without one: those may tell more than labels of the pinned inputs"
             )
         if self.proxy_sha256 is not None and proxy_identity:
             n = min(len(self.proxy_sha256), len(proxy_identity))
