@@ -62,8 +62,11 @@ class Accounts:
         *,
         budget: int | None,
         rate: float | None,
+        charge: Callable[[int], None] = lambda count: None,
     ) -> tuple[NDArray[np.float32], int]:
         """Return answers [n, C] to the inputs of these hashes, and how many of them were charged.
+
+        ``charge`` is told how many new answers there will be before any is made, and may refuse them.
 
         Raises:
             OverBudget: the inputs not asked before are more than what is left, or come too fast; nothing is charged.
@@ -73,6 +76,7 @@ class Accounts:
             fresh = list(dict.fromkeys(h for h in inputs if h not in known))
             if fresh:
                 self._allow(caller, len(fresh), budget, rate)
+                charge(len(fresh))
                 first = {h: i for i, h in reversed(list(enumerate(inputs)))}
                 made = np.ascontiguousarray(make(np.array([first[h] for h in fresh])), "<f4")
                 rows = [(caller, service, h, a.tobytes()) for h, a in zip(fresh, made, strict=True)]

@@ -56,6 +56,7 @@ class RemoteTeacher(Teacher):
         self.classes, self.identity = int(said.classes), str(said.identity)
         self.answers = str(said.answers)
         self.queries_left = int(said.queries_left) if said.HasField("queries_left") else None
+        self.epsilon = float(said.epsilon) if said.HasField("epsilon") else None
         if not 2 <= self.classes <= 100_000 or not all(1 <= s <= 1 << 20 for s in self.shape):
             raise RemoteError(f"{self._url} speaks of shape {self.shape} and {self.classes} classes: that cannot be")
         self._batch = min(batch, int(said.max_batch))

@@ -31,6 +31,9 @@ class CallerConfig(Section):
     certificate: str | None = Field(None, description="Common name of its certificate.")
     queries: int | None = Field(None, ge=0, description="Different inputs it may ask for in all; null: no limit.")
     rate: float | None = Field(None, gt=0, description="Different inputs per second, averaged; null: no limit.")
+    epsilon: float | None = Field(
+        None, gt=0, description="Privacy budget under answers.privacy, composed over all its inputs; null: no limit."
+    )
 
     @model_validator(mode="after")
     def _known_by(self) -> CallerConfig:
@@ -39,17 +42,30 @@ class CallerConfig(Section):
         return self
 
 
+class PrivateAnswersConfig(Section):
+    """Noisy votes or labels of an ensemble on a ledger; see :class:`fedkd.teacher.private.PrivateAnswers`."""
+
+    kind: Literal["votes", "labels"] = Field("votes", description="The noisy winner alone, or the noisy mean label.")
+    sigma: float = Field(gt=0, description="Deviation of the Gaussian noise on the sum over members, per class.")
+    delta: float = Field(1e-5, gt=0, lt=1)
+    epsilon: float | None = Field(None, gt=0, description="Budget of all callers together; null: no limit.")
+
+
 class AnswersConfig(Section):
-    """How much an answer tells. Defences against copying the model; none of them is a privacy guarantee."""
+    """How much an answer tells. Defences against copying the model; only ``privacy`` is a privacy guarantee."""
 
     kind: Literal["soft", "top1"] = Field("soft", description="Class probabilities, or the most likely class alone.")
     top_k: int | None = Field(None, ge=1, description="Keep the k largest probabilities; the rest share what is left.")
     decimals: int | None = Field(None, ge=1, le=6, description="Round probabilities to this many digits.")
     noise: float = Field(0.0, ge=0, description="Deviation of Gaussian noise on probabilities, once per input.")
+    privacy: PrivateAnswersConfig | None = Field(None, description="Differential privacy; needs an ensemble.")
 
     @property
     def words(self) -> str:
         """The answers in a few words."""
+        private = self.privacy
+        if private is not None:
+            return f"noisy {private.kind} of an ensemble, sigma {private.sigma:g}"
         if self.kind == "top1":
             return "top-1 label" + (f" of probabilities with noise {self.noise:g}" if self.noise else "")
         parts = ["soft labels"]
@@ -80,6 +96,17 @@ class Policy(Section):
             if len(set(known)) < len(known):
                 raise ConfigError(f"two callers have one {what}: their accounts could not be told apart")
         return value
+
+    @model_validator(mode="after")
+    def _accountable(self) -> Policy:
+        private = self.answers.privacy
+        if private is None and any(c.epsilon is not None for c in self.callers):
+            raise ConfigError(
+                "a caller has an epsilon, but the answers carry no noise on a ledger: add answers.privacy"
+            )
+        if private is not None and self.answers.noise:
+            raise ConfigError("answers.noise beside answers.privacy would only blur what is accounted: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _safe(self) -> Policy:

@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 
 from fedkd.distill.teachers import Teacher
 from fedkd.errors import ConfigError
+from fedkd.privacy.ledger import LedgerError
 from fedkd.teacher import teacher_pb2 as pb
 from fedkd.teacher.accounts import Accounts, OverBudget
 from fedkd.teacher.policy import AnswersConfig, CallerConfig, Policy, token_hash
+from fedkd.teacher.private import PrivateAnswers
 
 SERVICE = "fedkd.teacher.v1.Teacher"
 INPUT_CAP = 1e6
@@ -44,6 +46,8 @@ class TeacherService:
         text = teacher.identity + policy.answers.model_dump_json()
         self.identity = hashlib.sha256(text.encode()).hexdigest()
         self.accounts = Accounts(policy.state)
+        private = policy.answers.privacy
+        self._private = PrivateAnswers(teacher, private, policy.state) if private is not None else None
         self._model = threading.Lock()
         size = policy.max_message_bytes
         self._server = grpc.server(
@@ -114,7 +118,14 @@ class TeacherService:
             max_batch=self.policy.max_batch,
             answers=self.policy.answers.words,
             queries_left=left,
+            epsilon=self._epsilon(caller),
         )
+
+    def _epsilon(self, caller: CallerConfig) -> float | None:
+        """Return the most that all answers to ``caller`` may ever cost; None is infinity."""
+        private = self.policy.answers.privacy
+        caps = [c for c in (caller.epsilon, private.epsilon) if c is not None] if private is not None else []
+        return min(caps, default=None)
 
     def _answer(self, questions: Iterator[Any], context: Any) -> Iterator[Any]:
         caller = self._caller(context)
@@ -129,10 +140,14 @@ class TeacherService:
                     lambda rows, x=x: self._make(x[rows]),  # type: ignore[misc]
                     budget=caller.queries,
                     rate=caller.rate,
+                    charge=lambda count: self._charge(caller, count),
                 )
             except OverBudget as cause:
                 _log("refused", caller.name, reason="budget", asked=len(hashes))
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(cause))
+            except LedgerError as cause:
+                log.error(json.dumps({"event": "ledger", "caller": caller.name, "why": str(cause)}))
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the service's privacy ledger cannot be written")
             _log("answered", caller.name, asked=len(hashes), charged=charged)
             yield pb.Reply(id=question.id, probabilities=found.tobytes())
 
@@ -158,10 +173,18 @@ class TeacherService:
         hashes = [hashlib.blake2b(row.data, digest_size=16).digest() for row in x]
         return x.reshape(count, *self.shape), hashes
 
+    def _charge(self, caller: CallerConfig, count: int) -> None:
+        if self._private is not None:
+            self._private.charge(caller, count)
+
     def _make(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        given = torch.from_numpy(np.array(x))
         with self._model:
-            logits = self.teacher.logits(torch.from_numpy(np.array(x)))
-        return blur(logits.softmax(-1).double().numpy(), self.policy.answers)
+            if self._private is not None:
+                probabilities = self._private.probabilities(given)
+            else:
+                probabilities = self.teacher.logits(given).softmax(-1).double()
+        return blur(probabilities.numpy(), self.policy.answers)
 
     def _caller(self, context: Any) -> CallerConfig:
         """Return who calls; ends the call where nobody of the policy does."""
