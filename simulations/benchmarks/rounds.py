@@ -2,22 +2,26 @@
 
     python -m simulations.benchmarks.rounds [--target 0.85] [--seeds 1 2 3] [--out runs/rounds]
 
-Plays simulations/mnist-async.yaml (MNIST under FEDKD_DATA) in all three ways and says after how many virtual hours and
-megabytes per device the student first reached the target. Folders under --out that are finished are not played again.
+Plays simulations/mnist-async.yaml (MNIST under FEDKD_DATA) in all ways and says after how many virtual hours and
+megabytes per device the student first reached the target. Writes rounds.json. Folders under --out that are finished are
+not played again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fedkd.experiment import load
 from fedkd.report.runfolder import Run
 from fedkd.simulate import resume, start
+from simulations.tables import HERE, made_with, small_overrides
 
-YAML = Path(__file__).parents[1] / "mnist-async.yaml"
+YAML = HERE / "mnist-async.yaml"
 WAYS: dict[str, tuple[str, ...]] = {
     "synchronous": ("population.buffer=null", "rounds=40"),
     "over-selected by half": ("population.buffer=null", "population.over_selection=0.5", "rounds=60"),
@@ -36,25 +40,48 @@ def reached(run: Run, target: float) -> tuple[float, float] | None:
     return None
 
 
-def row(name: str, runs: Sequence[Run], target: float) -> str:
-    """Return one line of the table: medians over seeds."""
+def summed(runs: Sequence[Run], target: float) -> dict[str, Any]:
+    """Return what the runs of one way came to, seed by seed; None where a run never reached the target."""
     found = [reached(run, target) for run in runs]
-    known = [f for f in found if f is not None]
-    hours, sent = (f"{statistics.median(f[i] for f in known):.2f}" if known else "-" for i in (0, 1))
-    missed = f" ({len(found) - len(known)} of {len(found)} never)" if len(known) < len(found) else ""
-    last = statistics.median(100 * (run.accuracy.student or 0.0) for run in runs)
-    whole = statistics.median((run.virtual_seconds or 0.0) / 3600 for run in runs)
-    return f"| {name} | {hours}{missed} | {sent} | {last:.1f} after {whole:.1f} h, {len(runs[0].rounds)} rounds |"
+    return {
+        "rounds": len(runs[0].rounds),
+        "hours_to_target": [None if f is None else f[0] for f in found],
+        "mb_per_device_to_target": [None if f is None else f[1] for f in found],
+        "student_accuracy": [run.accuracy.student for run in runs],
+        "virtual_hours": [(run.virtual_seconds or 0.0) / 3600 for run in runs],
+    }
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """Return one line of the table."""
+    hours, sent = (spread(row[key], 2) for key in ("hours_to_target", "mb_per_device_to_target"))
+    never = sum(value is None for value in row["hours_to_target"])
+    missed = f" ({never} of {len(row['hours_to_target'])} never)" if never else ""
+    last = spread([100 * (value or 0.0) for value in row["student_accuracy"]], 1)
+    whole = statistics.mean(row["virtual_hours"])
+    return f"| {name} | {hours}{missed} | {sent} | {last} after {whole:.1f} h, {row['rounds']} rounds |"
+
+
+def spread(values: Sequence[float | None], places: int) -> str:
+    """Return ``mean ± standard deviation`` of the values that there are."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {statistics.stdev(known):.{places}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{places}f}{deviation}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Play what is missing, and print the table."""
+    """Play what is missing, print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=float, default=0.85)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/rounds"))
+    parser.add_argument("--json", type=Path, default=HERE / "benchmarks" / "rounds.json")
+    parser.add_argument("--small", action="store_true", help="one quick round on the bundled digits")
     given = parser.parse_args(words)
-    lines = []
+    small = [*small_overrides(YAML), "population.participation=0.5"] if given.small else []
+    rows = {}
     for name, overrides in WAYS.items():
         runs = []
         for seed in given.seeds:
@@ -62,12 +89,17 @@ def main(words: Sequence[str] | None = None) -> None:
             if (folder / "config.yaml").is_file():
                 resume(folder)
             else:
-                start(load(YAML, [*overrides, f"seed={seed}", "evaluation.every=1"])[0][1], folder)
+                # An override may be given once; those of the small form win.
+                named = {word.split("=")[0] for word in small}
+                ways = [*small, *(word for word in overrides if word.split("=")[0] not in named)]
+                start(load(YAML, [*ways, f"seed={seed}", "evaluation.every=1"])[0][1], folder)
             runs.append(Run.read(folder))
-        lines.append(row(name, runs, given.target))
-    print(f"| rounds | virtual hours to {100 * given.target:g} % | MB per device until then | student at the end |")
+        rows[name] = summed(runs, given.target)
+    print(f"| rounds | virtual hours to {100 * given.target:g} % | MB per device until then | student at the end, % |")
     print("|---|---|---|---|")
-    print("\n".join(lines))
+    print("\n".join(line(name, row) for name, row in rows.items()))
+    result = {"target": given.target, "seeds": given.seeds, "versions": made_with(), "rows": rows}
+    given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -181,8 +181,8 @@ def _peak_bytes() -> int:
 def _line(found: Mapping[str, Any]) -> str:
     return (
         f"{found['model']}: {found['clients']} devices, {found['participation']:.0%} of them, {found['rounds']} rounds: "
-        f"{found['seconds']:.0f} s ({found['cpu_seconds']:.0f} of CPU), {found['ms_per_device_round']:.2f} ms per device-round "
-        f"({found['cpu_ms_per_device_round']:.2f} of CPU), peak {found['peak_gib']:.2f} GiB"
+        f"{found['seconds']:.0f} s ({found['cpu_seconds']:.0f} of CPU), {found['ms_per_device_round']:.2f} ms per "
+        f"device-round ({found['cpu_ms_per_device_round']:.2f} of CPU), peak {found['peak_gib']:.2f} GiB"
     )
 
 
@@ -191,12 +191,23 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     made = []
     if result.get("runs"):
         table = Table(title="DS-FL on MNIST, all devices on this machine")
-        names = ("model", "devices", "asked", "rounds", "s", "CPU s", "CPU ms / device-round", "peak GiB", "on disk GiB")
+        names = (
+            "model",
+            "devices",
+            "asked",
+            "rounds",
+            "s",
+            "CPU s",
+            "CPU ms / device-round",
+            "peak GiB",
+            "on disk GiB",
+        )
         for name in (*names, "MB up", "MB down", "student %"):
             table.add_column(name, justify="left" if name == "model" else "right")
         for r in result["runs"]:
             table.add_row(
-                r["model"], str(r["clients"]), f"{r['participation']:.0%}", str(r["rounds"]), f"{r['seconds']:.0f}", f"{r['cpu_seconds']:.0f}",
+                r["model"], str(r["clients"]), f"{r['participation']:.0%}", str(r["rounds"]), f"{r['seconds']:.0f}",
+                f"{r['cpu_seconds']:.0f}",
                 f"{r['cpu_ms_per_device_round']:.2f}", f"{r['peak_gib']:.2f}", f"{r['disk_gib']:.2f}", f"{r['mb_up']:.0f}",
                 f"{r['mb_down']:.0f}", f"{100 * r['student_accuracy']:.1f}",
             )  # fmt: skip
@@ -219,12 +230,14 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print the tables and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=HERE / "scale.json")
-    parser.add_argument("--only", choices=["runs", "growth"], help="one of the two questions; the other's rows and other models' stay")
+    parser.add_argument("--only", choices=["runs", "growth"], help="one of the two questions; all other rows stay")
     parser.add_argument("--models", default="mlp,lenet", type=lambda text: text.split(","))
     parser.add_argument("--clients", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--full-rounds", type=int, help="rounds at full participation; default as --rounds")
-    parser.add_argument("--growth", default=[10, 100, 1000, 10_000], type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument(
+        "--growth", default=[10, 100, 1000, 10_000], type=lambda text: [int(n) for n in text.split(",")]
+    )
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--device-rounds", type=int, default=4000, help="growth: device-rounds of a row, about")
     parser.add_argument("--memory-gib", type=float, default=2.0, help="runner.memory_gib")

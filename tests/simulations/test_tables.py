@@ -46,6 +46,22 @@ def test_the_methods_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "cfd-float32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_rounds_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from simulations.benchmarks.rounds import WAYS, main
+
+    words = ["--small", "--seeds", "1", "2", "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "r.json")]
+    main([*words, "--target", "0"])
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert list(rows) == list(WAYS)
+    assert all(None not in row["hours_to_target"] and len(row["student_accuracy"]) == 2 for row in rows.values())
+    assert "±" in capsys.readouterr().out
+    main([*words, "--target", "1.1"])  # finished runs are read, not played
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert rows["synchronous"]["mb_per_device_to_target"] == [None, None]
+    assert "| - (2 of 2 never) | - |" in capsys.readouterr().out
+
+
 def test_the_papers_command_runs(tmp_path: Path) -> None:
     from simulations.papers.run import TABLES, main
 
