@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -621,6 +622,10 @@ def resume_sweep(folder: Path, announce: Announce | None = None, jobs: int | Non
             play_point(path, watches[path])
         except FedkdError as cause:
             failed[path] = str(cause)
+        except Exception as cause:
+            # As in a process of its own: a fault of one point must not cost the others.
+            traceback.print_exc()
+            failed[path] = repr(cause)
     write_sweep_summary(folder)
     if failed:
         first = next(path for path in paths if path in failed)

@@ -80,6 +80,21 @@ def test_what_fails_or_dies_or_warns_stays_with_its_point(tmp_path: Path, monkey
     assert note["threads"] == 1 and note["omp"] == "1" and note["pid"] != os.getpid()
 
 
+def test_any_fault_of_a_point_leaves_the_others_alone_one_after_the_other_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resume(folder: Path, watch: Any) -> simulate.Finished:
+        if folder.name == "seed=1":
+            raise ZeroDivisionError("a fault of the user's own code")
+        return played(folder, watch)
+
+    played = simulate.resume
+    monkeypatch.setattr(simulate, "resume", resume)
+    with pytest.raises(FedkdError, match=r"1 of the 2 points .*seed=1: ZeroDivisionError"):
+        simulate.sweep(points(tmp_path, "seed=1,2"), tmp_path / "sweep", jobs=1)
+    assert _status(tmp_path / "sweep" / "seed=2") == "finished"
+
+
 def test_ctrl_c_ends_every_process_and_the_sweep_can_be_gone_on_with(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     command = [

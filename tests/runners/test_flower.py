@@ -16,16 +16,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedkd import simulate
+from fedkd import simulate, sweeping
 from fedkd.algorithms.catalogue import METHODS, method_class
-from fedkd.experiment import Experiment, validate
+from fedkd.experiment import Experiment, load, validate
 from fedkd.messages import Reply, Request
 from fedkd.rounds import Progress, Rounds
 from fedkd.runners import flower
@@ -377,6 +377,68 @@ def test_resume_is_exact_from_any_checkpoint(more: dict[str, Any], tmp_path: Pat
     assert_same(whole, broken, tolerance=0.0)
     for device in (broken / "devices").glob("[0-9]*"):
         assert len(list(device.glob("*.safetensors"))) <= (5 if wanted.virtual is None else 6)
+
+
+def swept(tmp_path: Path) -> list[tuple[dict[str, Any], Experiment]]:
+    path = tmp_path / "small.yaml"
+    path.write_text(experiment(rounds=3, runner={"workers": 2}).dump())
+    return load(path, ["runner.kind=flower,serial", "seed=1,2"])
+
+
+def cut_short(name: str, wanted: Experiment) -> simulate.Watch:
+    """Stop a sweep in the middle of its last point on Flower."""
+
+    def watch(record: Mapping[str, Any], rounds: int) -> None:
+        if wanted.runner.kind == "flower" and wanted.seed == 2 and record["round"] == 1:
+            raise KeyboardInterrupt
+
+    return watch
+
+
+def assert_swept(folder: Path) -> None:
+    for seed in (1, 2):
+        assert_same(*(folder / f"runner.kind={kind},seed={seed}" for kind in ("flower", "serial")))
+
+
+@pytest.mark.usefixtures("identity")
+def test_a_sweep_has_one_engine_at_a_time_and_goes_on_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine has the cores to itself: points side by side have ended before, and no two engines are up at once."""
+    story: list[str] = []
+
+    def engine(wanted: Experiment, folder: Path, body: Callable[[Runner], Any]) -> Any:
+        story.append(f"up {folder.name[-6:]}")
+        try:
+            return body(session(folder).runner(Site.load(wanted)))
+        finally:
+            story.append("down")
+
+    def side_by_side(folders: Sequence[Path], jobs: int, threads: int, begun: Any, heard: Any) -> dict[Path, str]:
+        story.append(f"{len(folders)} by {jobs}")
+        for folder in folders:
+            begun(folder)
+            simulate.play_point(folder)
+        story.append("all done")
+        return {}
+
+    monkeypatch.setattr(flower, "run_on_flower", engine)
+    monkeypatch.setattr(sweeping, "play_side_by_side", side_by_side)
+    with pytest.raises(KeyboardInterrupt):
+        simulate.sweep(swept(tmp_path), tmp_path / "sweep", cut_short, jobs=2)
+    assert story == ["2 by 2", "all done", "up seed=1", "down", "up seed=2", "down"]
+    flower.desk.cache_clear()
+    simulate.resume_sweep(tmp_path / "sweep", jobs=2)
+    assert story[6:] == ["up seed=2", "down"]
+    assert_swept(tmp_path / "sweep")
+
+
+@pytest.mark.slow
+def test_a_sweep_on_ray_that_was_stopped_goes_on(home: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        simulate.sweep(swept(home), home / "sweep", cut_short)
+    simulate.resume_sweep(home / "sweep")
+    assert_swept(home / "sweep")
 
 
 @pytest.mark.usefixtures("identity")
