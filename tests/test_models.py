@@ -124,15 +124,30 @@ def local(model: str, **options: Any) -> dict[str, Any]:
     return {"algorithm": "local", "rounds": 2, "models": {"student": model, "devices": [model]}, **options}
 
 
-@pytest.mark.parametrize("model", ["user_models:OwnNoise", "user_models:OddNorm"])
-def test_a_model_that_cannot_be_stacked_is_looped_and_gives_the_oracles_numbers(model: str) -> None:
-    """Randomness or batch statistics of its own must neither leak between devices nor go unnoticed."""
+UNSTACKABLE = {"OwnNoise": "random", "OddNorm": "BatchNorm3d", "Centred": "other rows", "Counting": "other rows",
+               "Picky": "plain tensors"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSTACKABLE)
+def test_a_model_that_cannot_be_stacked_is_looped_and_gives_the_oracles_numbers(name: str) -> None:
+    """Randomness, batch statistics or errors of its own must neither leak between devices nor go unnoticed."""
     from harness import assemble
 
+    model = f"user_models:{name}"
     serial, stacked = play(local(model)), assemble(local(model), kind="stacked")
-    with pytest.warns(Fallback, match="looped instead"):
+    with pytest.warns(Fallback) as said:
         stacked.rounds.play(stacked.progress, lambda _, record: stacked.records.append(record))
+        seen = stacked.seen
+    (line,) = [str(warning.message) for warning in said if warning.category is Fallback]
+    assert line.startswith(model) and "looped instead" in line and UNSTACKABLE[name] in line
+    assert seen is not None and not any(record["quarantined"] for record in stacked.records)
     assert_same(serial, stacked, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["mlp(dropout=0.3)", "lenet", "cnn", "cnn(norm=group)", "resnet"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_models_of_the_library_can_be_stacked(name: str, dtype: torch.dtype) -> None:
+    assert Architecture(name, (1, 28, 28), 10, dtype).unstackable is None
 
 
 def test_swapping_layers_does_not_touch_what_is_exported() -> None:

@@ -72,6 +72,49 @@ class OddNorm(nn.Module):
         return out
 
 
+class Centred(nn.Module):
+    """What it makes of a record depends on the whole batch."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(int(np.prod(shape)), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        out: Tensor = self.out(x - x.mean(0))
+        return out
+
+
+class Counting(nn.Module):
+    """Keeps a count of its own of the records that it was trained on."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(int(np.prod(shape)), classes)
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += len(x)
+        out: Tensor = self.out(x.flatten(1)) * (1 + self.seen / 1000)
+        return out
+
+
+class Picky(nn.Module):
+    """Raises an error of its own where it is stacked."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(int(np.prod(shape)), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(self.out.weight):
+            raise TypeError("takes plain tensors alone")
+        out: Tensor = self.out(x.flatten(1))
+        return out
+
+
 def Dies(shape: tuple[int, ...], classes: int) -> nn.Module:
     """Takes its process along, as a model does that needs more memory than there is."""
     os.kill(os.getpid(), signal.SIGKILL)

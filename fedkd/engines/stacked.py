@@ -69,6 +69,7 @@ class StackedEngine(Engine):
         super().__init__(site)
         self._serial = SerialEngine(site)
         self._refused: set[Hashable] = set()
+        self._said: set[str] = set()
         self._read: dict[str, dict[str, Program]] = {}
         self._device = device(self.experiment.runner.device)
 
@@ -320,7 +321,7 @@ class StackedEngine(Engine):
                     continue
                 try:
                     made = self._scores([cards[k] for k in block], [states[k] for k in block], x)
-                except (RuntimeError, ValueError, NotImplementedError) as cause:
+                except Exception as cause:
                     self._refuse((cards[block[0]].architecture, "scores"), cause)
                     yield from self._serial_scores(cards, states, x, block)
                     continue
@@ -407,21 +408,29 @@ class StackedEngine(Engine):
             return serial(block)
         try:
             return stacked(block)
-        except (RuntimeError, ValueError, NotImplementedError) as cause:
+        except Exception as cause:
+            # A model of the user's may raise whatever it likes under vmap. If it is no matter of stacking, it raises again.
             self._refuse(place, cause)
             return serial(block)
 
     def _takes(self, place: tuple[str, str]) -> bool:
-        """Tell whether devices of an architecture are stacked in a stage; say so once if they are not."""
+        """Tell whether devices of an architecture are stacked in a stage."""
         reason = self.site.architecture(place[0]).unstackable
-        if reason is not None and place not in self._refused:
-            self._refuse(place, reason)
-        return place not in self._refused
+        if reason is not None:
+            self._say(place[0], "at all", reason)
+        return reason is None and place not in self._refused
 
-    def _refuse(self, place: tuple[str, str], cause: Exception | str) -> None:
+    def _refuse(self, place: tuple[str, str], cause: Exception) -> None:
         self._refused.add(place)
-        reason = " ".join(str(cause).split())[:200]
-        warnings.warn(f"{place[0]} cannot be stacked in `{place[1]}`, looped instead: {reason}", Fallback, stacklevel=2)
+        self._say(place[0], f"in `{place[1]}`", str(cause) or repr(cause))
+
+    def _say(self, architecture: str, where: str, reason: str) -> None:
+        """Say once of every architecture that it is looped, and why; other stages may fail for reasons of their own."""
+        if architecture in self._said:
+            return
+        self._said.add(architecture)
+        reason = " ".join(reason.split())[:200]
+        warnings.warn(f"{architecture} cannot be stacked {where}, looped instead: {reason}", Fallback, stacklevel=2)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor, nn
 
 from fedkd.errors import ConfigError
-from fedkd.layers import BatchNorm1d, BatchNorm2d, prepare
+from fedkd.layers import BatchNorm1d, BatchNorm2d, prepare, situation
 from fedkd.models.registry import REGISTRY
 
 _SPEC = re.compile(r"^(?P<name>[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?)(\((?P<options>.*)\))?$")
@@ -64,8 +64,8 @@ class Architecture:
         if isinstance(built, nn.Module):
             self.template = _Methods(prepare(built)).to(dtype)
             self.trainable = tuple(n.removeprefix("inner.") for n, _ in self.template.named_parameters())
-            self.unstackable = unstackable(self.template)
             self._check()
+            self.unstackable = unstackable(self.template, self.shape, dtype)
         elif not hasattr(built, "predict_proba"):
             raise ConfigError(
                 f"model {name!r} gave a {type(built).__name__}: expected a torch.nn.Module or an object with predict_proba"
@@ -144,14 +144,45 @@ class Architecture:
                 self.features = int(self.template("body", x).flatten(1).shape[1])
 
 
-def unstackable(model: nn.Module) -> str | None:
-    """Return why the layers of ``model`` would see their neighbours' padding in a stack of devices, or None."""
+def unstackable(model: _Methods, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """Return why devices of a model cannot be stacked, or None: in a stack, smaller batches are filled up with padding.
+
+    Read from the model's layers, and tried out: what a model in training makes of two records must not change with what
+    a third row holds that is no record, nor with there being one.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             ours = isinstance(module, BatchNorm1d | BatchNorm2d)
             if not ours or module.running_mean is None:
                 return f"{type(module).__name__} takes statistics of the batch in a way that stacks do not know of"
+    rows = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    filled = torch.cat([rows[:2], torch.zeros_like(rows[:1])])
+    try:
+        made = [_pass(model, rows, 1), _pass(model, filled, 1)]
+        if _alike(made[0], _pass(model, rows, 2)):
+            # Whoever draws from torch's own stream draws otherwise for two rows than for three.
+            made.append(_pass(model, rows[:2], 1))
+    except Exception:  # what a model does not take in training is told where it trains
+        return None
+    if not all(_alike(made[0], other) for other in made[1:]):
+        return "in training, what it makes of a record depends on the other rows of the batch or on their number"
     return None
+
+
+def _pass(model: _Methods, x: Tensor, seed: int) -> dict[str, Tensor]:
+    """Return what a copy of ``model`` in training makes of two records, the rest of ``x`` being padding, and its buffers."""
+    mine = copy.deepcopy(model).train()
+    mask = torch.tensor([1.0, 1.0, 0.0], dtype=x.dtype) if len(x) > 2 else None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with situation(mask=mask, generators=[torch.Generator().manual_seed(1)], sizes=[2]):
+            out = mine("forward", x)[:2]
+    return {"": out, **dict(mine.named_buffers())}
+
+
+def _alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    near = 1e-9 if other[""].dtype == torch.float64 else 1e-4
+    return all(torch.allclose(one[n].double(), t.double(), near, near, equal_nan=True) for n, t in other.items())
 
 
 def resolve(name: str) -> Callable[[tuple[int, ...], int], Any]:
