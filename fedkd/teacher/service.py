@@ -129,8 +129,11 @@ class TeacherService:
 
     def _answer(self, questions: Iterator[Any], context: Any) -> Iterator[Any]:
         caller = self._caller(context)
-        for question in questions:
-            x, hashes = self._inputs(question, context)
+        for question, checked in _ahead((question, self._check(question)) for question in questions):
+            if isinstance(checked, str):
+                _log("refused", caller.name, reason="input")
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, checked)
+            x, hashes = checked
             try:
                 found, charged = self.accounts.answer(
                     caller.name,
@@ -151,25 +154,20 @@ class TeacherService:
             _log("answered", caller.name, asked=len(hashes), charged=charged)
             yield pb.Reply(id=question.id, probabilities=found.tobytes())
 
-    def _inputs(self, question: Any, context: Any) -> tuple[NDArray[np.float32], list[bytes]]:
-        """Check a question's bytes and return its inputs [n, *shape] and their hashes."""
+    def _check(self, question: Any) -> tuple[NDArray[np.float32], list[bytes]] | str:
+        """Check a question's bytes and return its inputs [n, *shape] and their hashes, or why it is refused."""
         count, width = int(question.count), math.prod(self.shape)
-
-        def refuse(why: str) -> None:
-            _log("refused", "-", reason="input")
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
-
         if not 1 <= count <= self.policy.max_batch:
-            refuse(f"{count} inputs in a question, expected 1 to {self.policy.max_batch}")
+            return f"{count} inputs in a question, expected 1 to {self.policy.max_batch}"
         if len(question.inputs) != 4 * count * width:
-            refuse(
+            return (
                 f"{len(question.inputs)} bytes for {count} inputs of shape {list(self.shape)}, expected {4 * count * width} "
                 "(little-endian float32)"
             )
         x = np.frombuffer(question.inputs, "<f4").reshape(count, width)
         # One comparison serves both: NaN compares false.
         if not bool((np.abs(x) <= INPUT_CAP).all()):
-            refuse(f"an input is NaN, infinite or beyond {INPUT_CAP:g}: expected finite numbers")
+            return f"an input is NaN, infinite or beyond {INPUT_CAP:g}: expected finite numbers"
         hashes = [hashlib.blake2b(row.data, digest_size=16).digest() for row in x]
         return x.reshape(count, *self.shape), hashes
 
@@ -201,6 +199,19 @@ class TeacherService:
         _log("refused", "-", reason="identity")
         context.abort(grpc.StatusCode.UNAUTHENTICATED, "no caller of the policy has this token or certificate")
         raise AssertionError("abort raises")
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield ``items``, of which the next is made by a thread of its own while the one before is at work."""
+    reader, end = ThreadPoolExecutor(1, thread_name_prefix="ahead"), object()
+    try:
+        coming = reader.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = reader.submit(next, items, end)
+            yield item
+    finally:
+        # Not waited for: a refused caller may keep its stream open, and hears why only when this is left.
+        reader.shutdown(wait=False)
 
 
 def blur(probabilities: NDArray[np.float64], how: AnswersConfig) -> NDArray[np.float32]:

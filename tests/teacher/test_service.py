@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,32 @@ def test_malformed_and_huge_input_is_refused_and_the_service_goes_on(
                 list(junk(iter([b"\xff" * 1000]), metadata=[("authorization", "Bearer secret of alice")], timeout=20))
         assert service.accounts.spent("alice") == 0
         assert raw_ask(service, pb.Question(count=1, inputs=one)) == grpc.StatusCode.OK
+
+
+def test_a_refused_caller_that_keeps_its_stream_open_holds_nobody_up(
+    taught: ModuleTeacher, digits: Digits, tmp_path: Path
+) -> None:
+    one = digits[0][:1].numpy().astype("<f4").tobytes()
+    ended = threading.Event()
+
+    def never_done() -> Iterator[pb.Question]:
+        yield pb.Question(count=1, inputs=one)
+        yield pb.Question(count=7, inputs=one)
+        ended.wait(60)
+
+    with running(taught, policy(tmp_path, streams=1)) as service:
+        with grpc.insecure_channel(f"127.0.0.1:{service.port}") as channel:
+            ask = channel.stream_stream(f"/{SERVICE}/Answer", pb.Question.SerializeToString, pb.Reply.FromString)
+            call = ask(never_done(), metadata=[("authorization", "Bearer secret of alice")], timeout=60)
+            with pytest.raises(grpc.RpcError) as refused:
+                list(call)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert raw_ask(service, pb.Question(count=1, inputs=one)) == grpc.StatusCode.OK
+            ended.set()
+        deadline = time.monotonic() + 20
+        while any(t.name.startswith("ahead") for t in threading.enumerate()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(t.name.startswith("ahead") for t in threading.enumerate())
 
 
 def test_the_rate_is_held_and_waited_for(taught: ModuleTeacher, tmp_path: Path, quick: None) -> None:
