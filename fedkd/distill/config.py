@@ -112,7 +112,22 @@ class DistillExperiment(Section):
 
     name: str = Field("distill", min_length=1, pattern=r"^[\w.-]+$")
     seed: int = Field(1, ge=0)
-    data: DataConfig = DataConfig()
+    data: DataConfig | None = Field(
+        DataConfig(),
+        description="Labelled records; with `method` they only measure the student. `none`: there are none.",
+    )
+    method: dict[str, Any] | None = Field(
+        None,
+        description="How inputs are made from the teacher alone: a name (dfad, ...) or a section with parameters. The "
+        "student then sees no data.",
+    )
+    bounds: tuple[float, float] | Literal["auto", "none"] = Field(
+        "auto",
+        description="method: least and greatest value of an input; none: values of about mean 0 and deviation 1; auto: what "
+        "the teacher's file says, else 0 and 1 for images and none for tables.",
+    )
+    pool: int = Field(10_240, ge=2, description="method: synthetic inputs that are kept, and left in pool.npz.")
+    device: Literal["cpu", "cuda", "auto"] = Field("cpu", description="method: what computes; auto: a GPU, if any.")
     inputs: Path | None = Field(
         None,
         description="Unlabelled inputs that the student learns on, instead of records of `data`: a folder of images, or "
@@ -133,8 +148,14 @@ class DistillExperiment(Section):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or not isinstance(raw.get("data"), str):
+        if not isinstance(raw, dict):
             return raw
+        if raw.get("method") is not None:
+            raw = _with_method(raw)
+        if not isinstance(raw.get("data"), str):
+            return raw
+        if raw["data"] == "none":
+            return {**raw, "data": None}
         rest = {k: v for k, v in raw.items() if k != "data"}
         if raw["data"] in get_args(Source):
             return {**rest, "data": {"source": raw["data"]}}
@@ -148,6 +169,12 @@ class DistillExperiment(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> DistillExperiment:
+        if self.method is not None and (self.inputs is not None or self.terms or self.omit):
+            raise ConfigError("`method` makes the inputs and brings its own loss: leave out inputs, terms and omit")
+        if self.data is None and self.method is None and self.inputs is None:
+            raise ConfigError("data=none leaves nothing to learn on: give method=dfad, or inputs=FOLDER")
+        if self.data is None and any(t.path is None and t.url is None for t in self.teacher):
+            raise ConfigError("without data no teacher can be trained: give teacher=FILE or teacher=grpcs://host:port")
         if not self.labelled and any(LOSSES[t.loss].reads == "labels" for t in self.terms):
             raise ConfigError(
                 "the student's inputs have no labels, so that no term can read them: leave `ce` out of terms"
@@ -161,7 +188,7 @@ class DistillExperiment(Section):
     @property
     def labelled(self) -> bool:
         """Whether the student's records have labels."""
-        return self.labels and self.inputs is None
+        return self.labels and self.inputs is None and self.method is None
 
     @property
     def chosen(self) -> tuple[TermConfig, ...]:
@@ -174,6 +201,17 @@ class DistillExperiment(Section):
     def dump(self) -> str:
         """Return the resolved experiment as YAML that loads to the same experiment."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _with_method(raw: dict[str, Any]) -> dict[str, Any]:
+    """Resolve the section `method`, and lay what is said of `training` over the method's published one."""
+    from fedkd.distill.datafree.catalogue import build as build_method
+    from fedkd.distill.datafree.catalogue import resolve
+
+    published = dataclasses.asdict(build_method(raw["method"]).fit)
+    given = raw.get("training") or {}
+    training = {**published, **given} if isinstance(given, dict) else given
+    return {**raw, "method": resolve(raw["method"]), "training": training}
 
 
 def _told(text: str) -> dict[str, str]:

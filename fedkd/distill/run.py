@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fedkd.data import load as load_data
 from fedkd.data.dataset import Dataset
 from fedkd.distill.cache import data_identity
 from fedkd.distill.config import DistillExperiment, FitConfig, TeacherConfig
-from fedkd.distill.distiller import Distiller, Epoch, Records, accuracy
+from fedkd.distill.distiller import FEED, Distiller, Epoch, Records, accuracy
 from fedkd.distill.inputs import unlabelled
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, OnnxTeacher, Teacher, load_teacher, read_note
 from fedkd.distill.terms import Term
@@ -29,7 +29,7 @@ from fedkd.seeding import key
 from fedkd.simulate import git_revision, versions
 from fedkd.storage import StorageError, pack_tensors, read_bundle, write_atomic, write_json
 
-CONFIG, SUMMARY, LOG, STUDENT = "config.yaml", "summary.json", "epochs.jsonl", "student.safetensors"
+CONFIG, SUMMARY, STUDENT, POOL = "config.yaml", "summary.json", "student.safetensors", "pool.npz"
 Watch = Callable[[str, Epoch, int], None]
 """Called after every epoch with the stage (``teacher 1``, ``student``, ``alone``), the epoch, and their number."""
 
@@ -75,25 +75,37 @@ class _Work:
         self.full: Records | None = None
         self.test: Records | None = None
         self.class_names: tuple[str, ...] = ()
-        # A teacher that is there already tells the form of unlabelled inputs.
-        self.ready = [self._found(config) for config in experiment.teacher] if experiment.inputs is not None else []
-        if experiment.inputs is None:
+        self.train: Records | None = None
+        self.bounds: tuple[float, float] | None = None
+        # A teacher that is there already tells the form of inputs that nobody described.
+        told = experiment.inputs is not None or experiment.data is None
+        self.ready = [self._found(config) for config in experiment.teacher] if told else []
+        if not told:
             self._labelled()
         else:
             form = next((t.shape for t in self.ready if t is not None and t.shape is not None), None)
-            self.train = unlabelled(experiment.inputs, form)
-            self.shape = tuple(self.train.x(np.zeros(1, np.int64)).shape[1:])
+            if experiment.inputs is not None:
+                self.train = unlabelled(experiment.inputs, form)
+                form = tuple(self.train.x(np.zeros(1, np.int64)).shape[1:])
+            if form is None:
+                raise ConfigError("the teacher does not say what shape its inputs have: give labelled `data` beside it")
+            self.shape = form
             self.classes = next(t.classes for t in self.ready if t is not None)
+            self.bounds = _bounds_told(experiment.teacher, self.shape)
+        if experiment.method is not None:
+            self.train = None
         # Built before anything is trained, so that a wrong name costs nothing.
         self.student = self._model(experiment.student, "student")
 
     def _labelled(self) -> None:
         experiment = self.experiment
+        assert experiment.data is not None
         split = load_data(experiment.data, experiment.seed)
         self.shape, self.classes = split.train.shape, split.train.classes
         self.class_names = split.train.class_names
         if any(c >= self.classes for c in experiment.omit):
             raise ConfigError(f"omit names class {max(experiment.omit)}, the data have classes 0 to {self.classes - 1}")
+        self.bounds = _bounds(split.train)
         self.full, self.test = _records(split.train), _records(split.test)
         seen = np.flatnonzero(~np.isin(split.train.y, experiment.omit))
         self.train = _records(split.train.select(seen)) if experiment.omit else self.full
@@ -106,16 +118,7 @@ class _Work:
         teachers = [self._teacher(i, config) for i, config in enumerate(experiment.teacher)]
         members = [(t, c.weight) for t, c in zip(teachers, experiment.teacher, strict=True)]
         teacher: Teacher = teachers[0] if len(teachers) == 1 else EnsembleTeacher(members, experiment.mix)
-        cache = self.folder / "answers" if experiment.cache else None
-        distiller = Distiller(
-            self.student,
-            teacher,
-            [t.term for t in experiment.chosen],
-            fit=experiment.training.fit,
-            seed=experiment.seed,
-            cache=cache,
-        )
-        self._fit(distiller, self.train, "student", experiment.training)
+        seen, log, beside = self._distil(teacher) if experiment.method is None else self._make(teacher)
         summary = {
             "schema": 1,
             "kind": "distill",
@@ -126,26 +129,84 @@ class _Work:
                 "teacher": self._accuracy(teacher),
                 "alone": None,
             },
-            "agreement": agreement(self.student, teacher, self.train),
+            "agreement": agreement(self.student, teacher, seen),
             "accuracy_by_class": {
                 "student": self._by_class(self.student),
                 "teacher": self._by_class(teacher),
             },
             "parameters": {"student": _size(self.student), "teacher": _teacher_size(teachers)},
-            "log": [vars(e) for e in distiller.log],
+            "log": [vars(e) for e in log],
+            **beside,
         }
-        if experiment.alone and self.train.y is not None:
+        if experiment.alone and self.train is not None and self.train.y is not None:
             alone = self._model(experiment.student, "student")
             lonely = Distiller(
                 alone, None, [Term(CrossEntropy(), 1.0)], fit=experiment.training.fit, seed=experiment.seed
             )
             self._fit(lonely, self.train, "alone", experiment.training)
-            summary["accuracy"]["alone"] = self._accuracy(alone)  # type: ignore[index]
-            summary["accuracy_by_class"]["alone"] = self._by_class(alone)  # type: ignore[index]
+            summary["accuracy"]["alone"] = self._accuracy(alone)
+            summary["accuracy_by_class"]["alone"] = self._by_class(alone)
         summary |= {"seconds": time.perf_counter() - began, "versions": versions(), "git_revision": git_revision()}
         self._keep(self.student, experiment.student, self.folder / STUDENT)
         write_json(self.folder / SUMMARY, summary)
         return Distilled(self.folder, summary)
+
+    def _distil(self, teacher: Teacher) -> tuple[Records, list[Epoch], dict[str, Any]]:
+        """Teach on records, and return those, the log, and nothing to add to the summary."""
+        experiment = self.experiment
+        assert self.train is not None
+        distiller = Distiller(
+            self.student,
+            teacher,
+            [t.term for t in experiment.chosen],
+            fit=experiment.training.fit,
+            seed=experiment.seed,
+            cache=self.folder / "answers" if experiment.cache else None,
+        )
+        self._fit(distiller, self.train, "student", experiment.training)
+        return self.train, distiller.log, {}
+
+    def _make(self, teacher: Teacher) -> tuple[Records, list[Epoch], dict[str, Any]]:
+        """Teach on inputs that are made from the teacher, keep those, and return them, the log, and the summary's part."""
+        from fedkd.distill.datafree import DataFree, Form, guide
+        from fedkd.distill.datafree.catalogue import build as build_method
+
+        experiment = self.experiment
+        assert experiment.method is not None
+        bounds = (
+            self.bounds if experiment.bounds == "auto" else None if experiment.bounds == "none" else experiment.bounds
+        )
+        low, high = bounds if bounds is not None else (None, None)
+        form = Form(shape=self.shape, classes=self.classes, low=low, high=high)
+        asked = guide(teacher)
+        device = experiment.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        work = DataFree(
+            self.student,
+            asked,
+            build_method(experiment.method),
+            form,
+            fit=experiment.training.fit,
+            seed=experiment.seed,
+            keep=experiment.pool,
+            device=device,
+        )
+        work.run(checkpoint=self._place("student"), watch=self._watcher("student", experiment.training))
+        queries = asked.queries
+        self.student.to("cpu")
+        asked.to("cpu")
+        x = work.pool.x.cpu()
+        told = torch.cat([teacher.logits(part) for part in x.split(FEED)])
+        work.pool.save(self.folder / POOL, told)
+        share = torch.bincount(told.argmax(1), minlength=self.classes) / len(told)
+        beside = {
+            "method": experiment.method,
+            "queries": queries,
+            "pool": {"file": POOL, "size": len(x), "share_by_class": share.tolist()},
+            "bounds": bounds,
+        }
+        return Records.of(x), work.log, beside
 
     def _teacher(self, place: int, config: TeacherConfig) -> Teacher:
         found = self.ready[place] if self.ready else self._found(config)
@@ -178,7 +239,7 @@ class _Work:
             return RemoteTeacher(config.url, self.folder / "answers" / "remote.sqlite")
         if config.path is None:
             return None
-        note = read_note(config.path) if self.experiment.inputs is not None else {}
+        note = {} if hasattr(self, "shape") else read_note(config.path)
         shape = tuple(note.get("shape", ())) or getattr(self, "shape", None)
         classes = int(note.get("classes", 0)) or getattr(self, "classes", None)
         if shape is None or classes is None:
@@ -191,6 +252,10 @@ class _Work:
         return None if self.test is None else accuracy(model, self.test)
 
     def _fit(self, distiller: Distiller, data: Records, stage: str, how: FitConfig) -> None:
+        distiller.fit(data, checkpoint=self._place(stage), watch=self._watcher(stage, how))
+
+    def _place(self, stage: str) -> Path:
+        """Return the folder of a stage's checkpoint, which is sound or not there yet."""
         place = self.folder / "checkpoints" / stage.replace(" ", "-")
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():
@@ -198,12 +263,14 @@ class _Work:
                 read_bundle(place)
             except StorageError as cause:
                 raise StorageError(f"{cause}; remove {place} to train this stage from its beginning") from cause
+        return place
 
+    def _watcher(self, stage: str, how: FitConfig) -> Callable[[Epoch], None]:
         def watch(epoch: Epoch) -> None:
             if self.watch is not None:
                 self.watch(stage, epoch, how.epochs)
 
-        distiller.fit(data, checkpoint=place, watch=watch)
+        return watch
 
     def _model(self, name: str, stage: str) -> nn.Module:
         architecture = Architecture(name, self.shape, self.classes, torch.float32)
@@ -231,6 +298,7 @@ class _Work:
 
     def _keep(self, model: nn.Module, name: str, path: Path) -> None:
         note = {"architecture": name, "shape": self.shape, "classes": self.classes, "class_names": self.class_names}
+        note |= {"bounds": self.bounds}
         write_atomic(path, pack_tensors(dict(model.state_dict()), {"fedkd": json.dumps(note)}))
 
 
@@ -242,6 +310,25 @@ def _records(data: Dataset) -> Records:
         y=torch.from_numpy(data.y),
         identity=identity,
     )
+
+
+def _bounds(data: Dataset) -> tuple[float, float] | None:
+    """Return the bounds of a model's inputs as far as they are public: pixels lie between 0 and 1 before any scaling."""
+    if len(data.shape) != 3 or data.private:
+        return None
+    if data.scaling is None:
+        return 0.0, 1.0
+    ends = [(end - data.scaling.center) / data.scaling.scale for end in (np.float32(0), np.float32(1))]
+    return float(ends[0].min()), float(ends[1].max())
+
+
+def _bounds_told(teachers: Sequence[TeacherConfig], shape: tuple[int, ...]) -> tuple[float, float] | None:
+    """Return what the first file that speaks of bounds says, or 0 and 1 for images."""
+    for config in teachers:
+        note = read_note(config.path) if config.path is not None and config.path.suffix == ".safetensors" else {}
+        if "bounds" in note:
+            return None if note["bounds"] is None else (float(note["bounds"][0]), float(note["bounds"][1]))
+    return (0.0, 1.0) if len(shape) == 3 else None
 
 
 @torch.no_grad()

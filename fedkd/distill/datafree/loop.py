@@ -1,0 +1,173 @@
+"""The loop of distillation without data: inputs are made, the student learns on them, in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fedkd.distill.datafree.base import Form, Maker, Synthesizer
+from fedkd.distill.datafree.guides import Guide
+from fedkd.distill.datafree.pool import Pool
+from fedkd.distill.distiller import Epoch, Fit
+from fedkd.seeding import key
+from fedkd.storage import StorageError, pack_tensors, read_bundle, unpack_tensors, write_bundle
+from fedkd.store import read_metadata
+
+POOL = 10_240
+"""Inputs that a pool keeps by default."""
+
+
+class DataFree:
+    """Trains ``student`` under ``guide`` on inputs that ``method`` makes.
+
+    ```python
+    DataFree(student, ModelsGuide(clients), DFAD(batch_size=128), Form(shape=(1, 28, 28), classes=10), fit=Fit(...)).run()
+    ```
+
+    Args:
+        student: trained in place.
+        guide: the teacher, or the ensemble of clients.
+        method: what makes the inputs.
+        form: shape, classes and bounds of an input: all that is known of the data.
+        fit: optimiser, schedule, epochs and the student's batch.
+        seed: decides everything that is random.
+        keep: inputs in the pool; a growing pool's oldest inputs give way beyond it.
+        device: what computes, such as ``cuda``; student and teacher are moved there.
+    Raises:
+        ConfigError: the method and the teacher do not fit.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        guide: Guide,
+        method: Synthesizer,
+        form: Form,
+        *,
+        fit: Fit | None = None,
+        seed: int = 1,
+        keep: int = POOL,
+        device: str = "cpu",
+    ) -> None:
+        self.student, self.guide, self.method, self.how, self.seed = student, guide, method, fit or Fit(), seed
+        self.pool, self.device = Pool(keep), device
+        self.student.to(device)
+        self.guide.to(device)
+        with _seeded(seed, device, "start"):
+            self.maker: Maker = method.start(guide, form, self.pool)
+        self.log: list[Epoch] = []
+
+    def run(self, *, checkpoint: Path | None = None, watch: Callable[[Epoch], None] | None = None) -> list[Epoch]:
+        """Train for ``fit.epochs`` and return the log, one entry per epoch with the student's mean loss.
+
+        Args:
+            checkpoint: folder that is written after every epoch; where it holds an earlier epoch, training goes on from
+                there, bit for bit.
+            watch: called after every epoch.
+        """
+        optimizer = self.how.build([p for p in self.student.parameters() if p.requires_grad])
+        first = self._restore(checkpoint, optimizer) if checkpoint is not None else 0
+        before = self.student.training
+        for epoch in range(first, self.how.epochs):
+            with _seeded(self.seed, self.device, "epoch", epoch):
+                self.log.append(self._epoch(epoch, optimizer))
+            if checkpoint is not None:
+                self._save(checkpoint, optimizer, epoch + 1)
+            if watch is not None:
+                watch(self.log[-1])
+        self.student.train(before)
+        return self.log
+
+    def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> Epoch:
+        rate = self.how.rate(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        total, steps = 0.0, 0
+        makes = self.method.makes_per_epoch
+        for make in range(makes):
+            self.maker.progress = (epoch + make / makes) / self.how.epochs
+            with _opposed(self.student):
+                made = self.maker.make(self.student)
+            if not self.method.streams or make == makes - 1:
+                self.pool.add(made)
+            self.student.train()
+            for _ in range(self.method.student_steps):
+                loss = self.maker.loss(self.student, self.how.batch_size)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total, steps = total + float(loss.detach()), steps + 1
+        mean = total / max(steps, 1)
+        return Epoch(epoch, rate, mean, {self.method.name: mean, "queries": float(self.guide.queries)})
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+    def _save(self, folder: Path, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+        tensors: dict[str, Tensor] = {f"student|{n}": t for n, t in self.student.state_dict().items()}
+        for name, module in self.maker.modules.items():
+            tensors |= {f"module|{name}|{n}": t for n, t in module.state_dict().items()}
+        for name, one in {**self.maker.optimizers, "": optimizer}.items():
+            for place, slots in one.state_dict()["state"].items():
+                tensors |= {f"optimizer|{name}|{place}|{slot}": torch.as_tensor(v) for slot, v in slots.items()
+                            if v is not None}  # fmt: skip
+        tensors |= {f"extra|{name}": t for name, t in self.maker.extra.items()}
+        if len(self.pool):
+            tensors["pool"] = self.pool.x
+        note = {"epoch": epoch, "log": [vars(e) for e in self.log], "queries": self.guide.queries}
+        write_bundle(folder, {"datafree.safetensors": pack_tensors(tensors, {"datafree": json.dumps(note)})})
+
+    def _restore(self, folder: Path, optimizer: torch.optim.Optimizer) -> int:
+        if not folder.exists():
+            return 0
+        data = read_bundle(folder)["datafree.safetensors"]
+        note = json.loads(read_metadata(data)["datafree"])
+        tensors = unpack_tensors(data, str(folder))
+        try:
+            self.student.load_state_dict(_below(tensors, "student|"))
+            for name, module in self.maker.modules.items():
+                module.load_state_dict(_below(tensors, f"module|{name}|"))
+            for name, one in {**self.maker.optimizers, "": optimizer}.items():
+                state: dict[int, dict[str, Tensor]] = {}
+                for slot, tensor in _below(tensors, f"optimizer|{name}|").items():
+                    place, kind = slot.split("|")
+                    state.setdefault(int(place), {})[kind] = tensor
+                one.load_state_dict({"state": state, "param_groups": one.state_dict()["param_groups"]})
+        except RuntimeError as cause:
+            raise StorageError(f"{folder} belongs to another student or method: {cause}") from cause
+        self.maker.extra |= _below(tensors, "extra|")
+        self.pool.restore(tensors.get("pool"))
+        self.guide.queries = int(note["queries"])
+        self.maker.restored()
+        self.log = [Epoch(**entry) for entry in note["log"]]
+        return int(note["epoch"])
+
+
+def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: str, *labels: str | int) -> Iterator[None]:
+    """Lend torch's global stream to what happens inside, seeded by what it is for; new tensors come up on ``device``."""
+    place = torch.device(device) if device != "cpu" else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), place:
+        torch.manual_seed(key(seed, "datafree", *labels))
+        yield
+
+
+@contextlib.contextmanager
+def _opposed(student: nn.Module) -> Iterator[None]:
+    """Hold the student still: evaluation mode, and no gradient for its parameters, which saves a third of the work."""
+    wanted = [p for p in student.parameters() if p.requires_grad]
+    student.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
