@@ -58,6 +58,21 @@ class _DeviceTools:
     card: Card
     round: int
 
+    @property
+    def proxies(self) -> int:
+        """Return how many samples the proxy set has."""
+        return 0 if self.site.proxy is None else len(self.site.proxy)
+
+    @property
+    def classes(self) -> int:
+        """Return the number of classes."""
+        return self.site.classes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of floats in this run."""
+        return self.site.dtype
+
     def initial(self, *labels: str | int) -> dict[str, torch.Tensor]:
         """Return fresh weights of the device's own architecture, different in every round and on every device."""
         return self.site.initial(self.card.architecture, "device", self.card.id, self.round, *labels)
@@ -142,7 +157,7 @@ def _begin(
     if kept.state is not None and card.gradients and not set(site.method.roles) <= state.models.keys():
         # Roles that a device does not keep start as on a new device, should the server have no model to adopt.
         state = replace(state, models={**site.new_device(card).models, **state.models})
-    heard = Heard(knowledge=head.knowledge, memory=state.memory, round=head.round)
+    heard = Heard(knowledge=head.knowledge, memory=state.memory, round=head.round, teach=torch.from_numpy(head.teach))
     if card.gradients:
         state = site.method.start(state, heard, _DeviceTools(site, card, head.round))
         heard = replace(heard, memory=state.memory)

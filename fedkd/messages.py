@@ -159,14 +159,18 @@ def _decode(
 
 
 def _compact(indices: NDArray[np.int64], size: int) -> torch.Tensor:
-    """The whole set in order is said by an empty list: a fixed proxy set costs no index bytes."""
+    """The whole set in order is said by an empty list: a fixed proxy set costs no index bytes. No sample: its size."""
     if len(indices) == size and bool((indices == np.arange(size)).all()):
         return torch.zeros(0, dtype=torch.int64)
-    return torch.from_numpy(np.ascontiguousarray(indices))
+    return torch.from_numpy(np.ascontiguousarray(indices)) if len(indices) else torch.tensor([size])
 
 
 def _expand(part: Payload | None, size: int) -> NDArray[np.int64]:
     if not isinstance(part, ProxyIndices):
         return np.zeros(0, np.int64)
     found: NDArray[np.int64] = part.indices.numpy()
+    if len(found) == 1 and found[0] == size:
+        return np.zeros(0, np.int64)
+    if len(found) and found.max() >= size:
+        raise PayloadError("label", f"proxy index {int(found.max())}, but the set has {size} samples")
     return np.arange(size, dtype=np.int64) if len(found) == 0 else found

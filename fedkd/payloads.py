@@ -97,11 +97,20 @@ class Votes(Payload):
 @final
 @dataclass(frozen=True, kw_only=True)
 class ProxyIndices(Payload):
-    """Positions of M samples in the proxy set; its contract binds C to the size of the set. Empty: the whole
-    set."""
+    """Positions of M samples in the proxy set of P; its contract binds C to P + 1. Empty: the whole set. P alone:
+    no sample."""
 
     fields: ClassVar[Mapping[str, Field]] = MappingProxyType({"indices": Field(("M",), "label")})
     indices: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Chosen(Payload):
+    """Which of N proxy samples are meant, as 0 and 1."""
+
+    fields: ClassVar[Mapping[str, Field]] = MappingProxyType({"chosen": Field(("N",), "flag")})
+    chosen: Tensor
 
 
 @final
@@ -194,6 +203,7 @@ KINDS: Mapping[str, type[Payload]] = MappingProxyType(
             Logits,
             Votes,
             ProxyIndices,
+            Chosen,
             LabelLogits,
             Prototypes,
             Features,

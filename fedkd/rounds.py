@@ -46,7 +46,8 @@ Agenda = list[tuple[float, int]]
 class Progress:
     """Everything the server must remember to go on after ``state.round`` rounds.
 
-    ``flights``: requests under way, by client. ``clock``: the virtual second.
+    ``flights``: requests under way, by client. ``clock``: the virtual second. ``heard``: by client, the round and the
+    audience of the last message that surely reached it.
     """
 
     state: ServerState
@@ -55,7 +56,7 @@ class Progress:
     seconds: float = 0.0
     answers_kept: dict[int, tuple[int, Payload]] = field(default_factory=dict)
     told: dict[str, tuple[int, Payload]] = field(default_factory=dict)
-    heard: dict[int, int] = field(default_factory=dict)
+    heard: dict[int, tuple[int, str]] = field(default_factory=dict)
     flights: dict[int, Flight] = field(default_factory=dict)
     clock: float = 0.0
 
@@ -71,7 +72,7 @@ class Cohort:
 
 @dataclass
 class Open:
-    """A round that is open: what was asked, what has come so far, and what it cost.
+    """A round that is open: what was drawn and asked, what has come so far, and what it cost.
 
     ``seen`` [K]: devices that were asked or heard in this round. None is asked twice, so that (device, round) names an
     answer, and none counts twice in an aggregate. ``taken`` [K]: those, and devices that an earlier round keeps busy.
@@ -81,6 +82,7 @@ class Open:
     """
 
     number: int
+    drawn: NDArray[np.int64]
     ask: NDArray[np.int64]
     seen: NDArray[np.bool_]
     taken: NDArray[np.bool_]
@@ -253,7 +255,8 @@ class Rounds:
     def _open(self, progress: Progress, number: int) -> Open:
         seen, taken = np.zeros((2, len(self.site.cards)), bool)
         taken[list(progress.flights)] = True
-        open = Open(number, self.ask_indices(number), seen, taken, busy=len(progress.flights))
+        drawn = self.ask_indices(number)
+        open = Open(number, drawn, self.method.ask(progress.state, drawn), seen, taken, busy=len(progress.flights))
         if self.population.buffer is not None and self.population.deadline_seconds is not None:
             open.deadline = progress.clock + self.population.deadline_seconds
         return open
@@ -418,7 +421,7 @@ class Rounds:
         except PayloadError as cause:
             open.refuse(request.client, cause.reason, str(cause))
             return
-        progress.heard[request.client] = request.round
+        progress.heard[request.client] = request.round, self._audience(progress, request.client)
         if answer is None:
             open.abstained += 1
         else:
@@ -466,12 +469,12 @@ class Rounds:
         delta = self.site.codec_down.needs_reference
         for client in clients:
             card = self.site.cards[client]
-            audience = self.method.audience(card)
+            audience = self.method.audience(card, progress.state)
             name = repr(audience)
             reference = None
             if delta and name in progress.told:
                 last_round, message = progress.told[name]
-                reference = message if progress.heard.get(client) == last_round else None
+                reference = message if progress.heard.get(client) == (last_round, name) else None
             place = (audience, reference is not None)
             if place not in open.bodies:
                 knowledge = self.method.broadcast(progress.state, card)
@@ -487,6 +490,9 @@ class Rounds:
             body, heard = open.bodies[place]
             holds = progress.answers_kept.get(client, (-1, None))[0]
             yield Request(client, open.number, body, holds), heard
+
+    def _audience(self, progress: Progress, client: int) -> str:
+        return repr(self.method.audience(self.site.cards[client], progress.state))
 
     def _accept(self, progress: Progress, open: Open, flight: Flight, body: bytes) -> Answer | None:
         """Validate one upload; None is an abstention.
@@ -542,7 +548,7 @@ class Rounds:
         except (NothingReleased, SecureSumError) as cause:
             return str(cause)
         progress.state = replace(progress.state, memory=memory)
-        tools = Tools(self.site, open.number, ask)
+        tools = Tools(self.site, open.number, ask, open.drawn)
         knowledge = self.method.aggregate(answers, progress.state, tools)
         state = replace(progress.state, knowledge=knowledge, asked=ask)
         progress.state = self.method.update(state, knowledge, tools)

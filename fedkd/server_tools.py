@@ -26,10 +26,11 @@ CHECK_EVERY = 50
 class Tools:
     """Server-side tools for one round; see :class:`fedkd.algorithms.base.ServerTools`."""
 
-    def __init__(self, site: Site, round: int, asked: np.ndarray) -> None:
+    def __init__(self, site: Site, round: int, asked: np.ndarray, drawn: np.ndarray | None = None) -> None:
         self._site, self._round = site, round
-        self.asked = asked
-        self.classes, self.shape = site.classes, site.shape
+        self.asked, self.drawn = asked, asked if drawn is None else drawn
+        self.classes, self.shape, self.dtype = site.classes, site.shape, site.dtype
+        self.devices, self.proxies = len(site.cards), 0 if site.proxy is None else len(site.proxy)
 
     def seed(self, *labels: str | int) -> int:
         """Return the seed of this round's stream named by ``labels``."""

@@ -273,7 +273,7 @@ def _restore(site: Site, runner: Runner, folder: Path) -> Progress | None:
             seconds=float(note["seconds"]),
             answers_kept={int(n[5:]): item for n, item in payloads.items() if n.startswith("kept:")},
             told={n[5:]: item for n, item in payloads.items() if n.startswith("told:")},
-            heard={int(client): int(round) for client, round in note["heard"].items()},
+            heard={int(client): (int(round), str(name)) for client, (round, name) in note["heard"].items()},
             flights=under_way,
             clock=float(note["clock"]),
         )

@@ -132,14 +132,16 @@ class Site:
     # ---- contracts --------------------------------------------------------------------------------------------------
     def shapes(self, card: Card, samples: int) -> Shapes:
         """Return the sizes that bind the contracts with one device."""
+        proxies = 0 if self.proxy is None else len(self.proxy)
         if not card.gradients:
-            return Shapes(samples=samples, classes=self.classes, features=None, weights=None)
+            return Shapes(samples=samples, classes=self.classes, features=None, weights=None, proxies=proxies)
         return Shapes(
             samples=samples,
             classes=self.classes,
             features=self.architecture(card.architecture).features,
             weights=self._template(card.architecture),
             shared=self._template(self.experiment.models.student) if SHARED_ROLE in self.method.roles else None,
+            proxies=proxies,
         )
 
     def _template(self, architecture: str) -> Mapping[str, Tensor]:
@@ -166,7 +168,7 @@ class Site:
         """Return the contract of a message down: knowledge, and the proxy indices taught and asked."""
         parts = {"knowledge": knowledge}
         if self.proxy is not None:
-            indices = Contract.of(ProxyIndices, {"C": len(self.proxy)})
+            indices = Contract.of(ProxyIndices, {"C": len(self.proxy) + 1})
             parts |= {"teach": indices, "ask": indices}
         return Contract.bundle(parts)
 
@@ -215,6 +217,11 @@ class Site:
                     "`head`"
                 )
         self._check_staleness()
+        if type(method).ask is not Algorithm.ask and self.experiment.population.stalest:
+            raise ConfigError(
+                f"{method.name} asks for other proxy samples in every round, so that late answers are of no use: discard "
+                "them (population.staleness.limit=0)"
+            )
         method.check({c.architecture: self.architecture(c.architecture) for c in self.cards if c.gradients})
         widths = {self.architecture(c.architecture).features for c in self.cards if c.gradients}
         if method.features and len(widths) > 1:

@@ -1,5 +1,5 @@
 """From answers to knowledge: weighted means, and what sharpens them."""
 
-from fedkd.aggregators.mean import era, mean_of, mean_weights, weighted_mean
+from fedkd.aggregators.mean import enhanced_era, era, mean_of, mean_weights, weighted_mean
 
-__all__ = ["era", "mean_of", "mean_weights", "weighted_mean"]
+__all__ = ["enhanced_era", "era", "mean_of", "mean_weights", "weighted_mean"]

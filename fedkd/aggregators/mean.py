@@ -57,6 +57,17 @@ def mean_weights(answers: Iterable[Answer], *, weighted: bool) -> Tensors:
     return {name: (sums[name] / total).to(t.dtype) if name in sums else t for name, t in first.items()}
 
 
+def enhanced_era(probabilities: Tensor, beta: float) -> Tensor:
+    """Enhanced ERA: p^beta / sum p^beta over the classes of mean probabilities p [N, C]; beta = 1 is the identity.
+
+    K. Azuma, T. Nishio, Y. Kitagawa, W. Nakano, T. Tanimura, "Soft-Label Caching and Sharpening for
+    Communication-Efficient Federated Distillation", IEEE TMC 2026, https://arxiv.org/abs/2504.19602. A row's largest value
+    is divided out first, so that no power underflows in all classes at once.
+    """
+    powered = (probabilities / probabilities.amax(-1, keepdim=True)) ** beta
+    return powered / powered.sum(-1, keepdim=True)
+
+
 def era(probabilities: Tensor, temperature: float) -> Tensor:
     """Entropy reduction aggregation: softmax(p / T) of mean *probabilities* p [N, C].
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fedkd.payloads import Contract, Nothing, Payload, Weights
@@ -59,11 +60,16 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Heard:
-    """What a device knows when it works: the server's message, its own memory, and the round's number."""
+    """What a device knows when it works.
+
+    ``knowledge``: the server's message; ``teach`` [N]: the positions in the proxy set that it belongs to; ``memory``: the
+    device's own; ``round``: the round's number.
+    """
 
     knowledge: Payload
     memory: Tensors
     round: int
+    teach: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +159,7 @@ class Shapes:
     """Sizes that bind a contract: N proxy samples asked or taught, C classes, D feature width, and model tensors.
 
     ``weights`` are those of the device's own architecture, ``shared`` those of the role ``shared``, where there is one.
+    ``proxies`` is the size of the whole proxy set.
     """
 
     samples: int
@@ -160,6 +167,7 @@ class Shapes:
     features: int | None
     weights: Tensors | None
     shared: Tensors | None = None
+    proxies: int = 0
 
     @property
     def dims(self) -> dict[str, int]:
@@ -169,10 +177,18 @@ class Shapes:
 
 
 class ServerTools(Protocol):
-    """What the library does for a method on the server: build, train and evaluate models on proxy samples."""
+    """What the library does for a method on the server: build, train and evaluate models on proxy samples.
+
+    ``drawn``: the proxy samples drawn for this round; ``asked``: those of them that devices answered (see
+    :meth:`Algorithm.ask`). ``devices`` and ``proxies``: how many devices and proxy samples there are.
+    """
 
     asked: np.ndarray
+    drawn: np.ndarray
     classes: int
+    devices: int
+    proxies: int
+    dtype: torch.dtype
     shape: tuple[int, ...]
 
     def seed(self, *labels: str | int) -> int: ...
@@ -194,8 +210,14 @@ class ServerTools(Protocol):
 
 
 class DeviceTools(Protocol):
-    """What the library does for a method on a device, outside the losses."""
+    """What the library does for a method on a device, outside the losses. ``proxies``: the size of the proxy set."""
 
+    @property
+    def proxies(self) -> int: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
     def initial(self, *labels: str | int) -> Tensors: ...
 
 
@@ -217,7 +239,8 @@ class Algorithm(ABC):
     * ``weighted``: answers are weighted by the count of training records, so that this count leaves the device.
     * ``weighs``: ``aggregate`` counts every answer by :attr:`Answer.weight`, so that late answers can count for less.
     * ``features``: models must split into ``body`` and ``head``. ``stackable``: False for a method whose answer has
-      shapes that depend on values. ``codecs``: the method's own codecs (up, down).
+      shapes that depend on values or on the count of records, so that answers are made device by device (training is
+      stacked all the same). ``codecs``: the method's own codecs (up, down).
     """
 
     name: ClassVar[str]
@@ -255,7 +278,14 @@ class Algorithm(ABC):
         """Prepare the server before round 0."""
         return server
 
-    def audience(self, card: Card) -> Hashable:
+    def ask(self, server: ServerState, drawn: np.ndarray) -> np.ndarray:
+        """Return which of the proxy samples ``drawn`` for this round devices are to answer: by default all, in order.
+
+        A method that asks for fewer than were drawn cannot use answers to older requests.
+        """
+        return drawn
+
+    def audience(self, card: Card, server: ServerState) -> Hashable:
         """Devices of equal audience hear the same message, encoded once."""
         return None
 

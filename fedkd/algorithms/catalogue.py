@@ -24,6 +24,9 @@ METHODS: Mapping[str, str] = {
     "cfd": "fedkd.algorithms.cfd:CFD",
     "feddf": "fedkd.algorithms.feddf:FedDF",
     "fedproto": "fedkd.algorithms.fedproto:FedProto",
+    "scarlet": "fedkd.algorithms.scarlet:SCARLET",
+    "selective_fd": "fedkd.algorithms.selective_fd:SelectiveFD",
+    "comet": "fedkd.algorithms.comet:COMET",
 }
 
 

@@ -72,7 +72,7 @@ class FD(Algorithm):
             parts={k: LabelLogits(logits=t["logits"], held=t["held"] * weight) for k, (t, weight) in parts.items()}
         )
 
-    def audience(self, card: Card) -> Hashable:
+    def audience(self, card: Card, server: ServerState) -> Hashable:
         return card.id
 
     def broadcast(self, server: ServerState, card: Card) -> Payload:

@@ -43,7 +43,7 @@ class FedDF(WeightAveraging):
     def begin(self, server: ServerState, tools: ServerTools) -> ServerState:
         return server
 
-    def audience(self, card: Card) -> Hashable:
+    def audience(self, card: Card, server: ServerState) -> Hashable:
         return card.architecture
 
     def broadcast(self, server: ServerState, card: Card) -> Payload:

@@ -404,7 +404,7 @@ class StackedEngine(Engine):
         self, stage: str, block: list[Task], stacked: Callable[[list[Task]], Any], serial: Callable[[list[Task]], Any]
     ) -> Any:
         place = (block[0].card.architecture, stage)
-        if not self.method.stackable or not self._takes(place):
+        if (stage == "answer" and not self.method.stackable) or not self._takes(place):
             return serial(block)
         try:
             return stacked(block)
@@ -495,6 +495,7 @@ def _hear(tasks: Sequence[Task], device: torch.device) -> tuple[dict[str, Tensor
     first = tasks[0].heard
     shared = first.knowledge.map(lambda t: t.to(device))
     stacked: dict[str, Tensor] = {}
+    teach = first.teach.to(device)
     common = all(task.heard.knowledge is first.knowledge for task in tasks)
     if not common:
         stacked |= {f"k/{n}": t for n, t in _stack([dict(task.heard.knowledge.tensors()) for task in tasks]).items()}
@@ -505,7 +506,8 @@ def _hear(tasks: Sequence[Task], device: torch.device) -> tuple[dict[str, Tensor
         if not common:
             knowledge = rebuild(outline(knowledge), {k[2:]: v for k, v in told.items() if k.startswith("k/")})
         memory = {k[2:]: v for k, v in told.items() if k.startswith("m/")}
-        return Heard(knowledge=knowledge, memory=memory, round=first.round)
+        # Devices of one block were taught the same samples.
+        return Heard(knowledge=knowledge, memory=memory, round=first.round, teach=teach)
 
     return {n: t.to(device) for n, t in stacked.items()}, put
 

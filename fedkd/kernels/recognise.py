@@ -135,7 +135,9 @@ def recognise(
             outline(heard.knowledge), {n: _Noted.of(t, ("told", n)) for n, t in heard.knowledge.tensors().items()}
         )
         memory = {n: _Noted.of(t, ("kept", n)) for n, t in heard.memory.items()}
-        found = function(_NotedNet(logits, batch.x), batch, Heard(knowledge=told, memory=memory, round=heard.round))
+        teach = _Noted.of(heard.teach, "teach")
+        known = Heard(knowledge=told, memory=memory, round=heard.round, teach=teach)
+        found = function(_NotedNet(logits, batch.x), batch, known)
         if not isinstance(found, _Noted):
             raise _Leak("a loss that does not hang on the net")
         return found.note
@@ -148,7 +150,7 @@ def recognise(
         if labels and note == run(lambda net, batch, told: batch.mean(cross_entropy(net(batch), batch.labels))):
             return Known(LABELS)
         for name, table in heard.knowledge.tensors().items():
-            if table.dim() != 2 or table.shape[1] != classes or table.dtype != dtype:
+            if table.dim() != 2 or not len(table) or table.shape[1] != classes or table.dtype != dtype:
                 continue
             for kind, known in ((SOFT, soft_cross_entropy), (ABSOLUTE, absolute_error)):
                 wanted = run(

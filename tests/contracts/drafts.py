@@ -92,7 +92,7 @@ class Personal(Algorithm):
     upload: ClassVar[type[Payload]] = LabelLogits
     download: ClassVar[type[Payload]] = LabelLogits
 
-    def audience(self, card: Card) -> Hashable:
+    def audience(self, card: Card, server: ServerState) -> Hashable:
         return card.id
 
     def broadcast(self, server: ServerState, card: Card) -> Payload:

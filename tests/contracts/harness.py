@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,6 +30,15 @@ RESNET = "resnet(width=4)"
 
 CLIENTS = 8
 ONE_RECORD, NO_DATA, TWO_CLASSES = 1, 4, 6
+
+
+CORE = ("local", "central", "fedavg", "fedprox", "fd", "fedmd", "ds_fl", "cfd", "feddf", "fedproto")
+"""Methods that go through every contract in each run of the tests; the others' full matrix is slow."""
+
+
+def each(methods: Iterable[str], fast: Sequence[str] = CORE) -> list[Any]:
+    """Return a test's parameters: ``methods``, of which those outside ``fast`` are marked slow."""
+    return [pytest.param(m, marks=[] if m in fast else pytest.mark.slow) for m in methods]
 
 
 @dataclass

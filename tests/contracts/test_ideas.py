@@ -193,7 +193,9 @@ def test_fd_teaches_each_device_by_the_other_holders_of_the_label() -> None:
             assert bool(told.held[label]) == bool(others)
             if others:
                 assert torch.allclose(told.logits[label], torch.stack(others).mean(0), atol=1e-14)
-    assert method.audience(Card(id=1, architecture="mlp")) != method.audience(Card(id=2, architecture="mlp"))
+    assert method.audience(Card(id=1, architecture="mlp"), state) != method.audience(
+        Card(id=2, architecture="mlp"), state
+    )
 
 
 def test_fd_says_nothing_to_the_only_device_that_answered() -> None:

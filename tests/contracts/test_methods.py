@@ -5,7 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness import CLIENTS, CNN, MLP, NO_DATA, ONE_RECORD, RESNET, Played, assert_finite, assert_same, merged, play
+from harness import (
+    CLIENTS,
+    CNN,
+    CORE,
+    MLP,
+    NO_DATA,
+    ONE_RECORD,
+    RESNET,
+    Played,
+    assert_finite,
+    assert_same,
+    each,
+    merged,
+    play,
+)
 
 from fedkd.algorithms.catalogue import METHODS, method_class
 from fedkd.payloads import Nothing
@@ -55,7 +69,7 @@ def oracle(method: str, name: str) -> Played:
 
 
 BLOCKS = [
-    pytest.param(m, b, marks=[] if b == 3 or m in ("fd", "fedavg") else pytest.mark.slow)
+    pytest.param(m, b, marks=[] if (b == 3 and m in CORE) or m in ("fd", "fedavg") else pytest.mark.slow)
     for m in METHODS
     for b in (3, 1, 64)
 ]
@@ -66,13 +80,38 @@ def test_stacked_equals_serial_in_rough_weather(method: str, block: int) -> None
     assert_same(oracle(method, "rough"), play(scene(method, "rough"), kind="stacked", block=block), 1e-9)
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK: dict[str, Any] = {
+    "data": {"train_size": 120, "test_size": 20},
+    "proxy": {"size": 16},
+    "proxy_per_round": 9,
+    "partition": {"clients": 7},
+    "models": {"student": MLP, "devices": [MLP]},
+    "population": {"participation": 0.7},
+    "training": {"steps": 2},
+}
+
+
+OWN: dict[str, dict[str, Any]] = {"selective_fd": {"tau": 2.0}}
+"""Parameters without which so short a run would leave out what a method is about."""
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in CORE])
+def test_the_newer_methods_are_the_same_on_both_engines(method: str) -> None:
+    other = {"models": {"devices": [MLP, "mlp(hidden=[12, 16])"]}} if method_class(method).heterogeneous else {}
+    raw = merged(merged(QUICK, other), {"algorithm": {"name": method, **OWN.get(method, {})}})
+    serial = play(raw)
+    assert_same(serial, play(raw, kind="stacked"), 1e-9)
+    assert_finite(serial)
+    assert all(r["quarantined"] == [] and r["failed"] is None and r["answered"] > 0 for r in serial.records)
+
+
+@pytest.mark.parametrize("method", each(METHODS))
 def test_stacked_equals_serial_on_proxy_subsets(method: str) -> None:
     assert_same(oracle(method, "subsets"), play(scene(method, "subsets"), kind="stacked"), 1e-9)
 
 
 @pytest.mark.parametrize("name", SCENES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", each(METHODS))
 def test_keeps_working_whoever_fails(method: str, name: str) -> None:
     played = oracle(method, name)
     assert [r["round"] for r in played.records] == list(range(len(played.records)))
@@ -91,7 +130,7 @@ def test_keeps_working_whoever_fails(method: str, name: str) -> None:
         assert record["bytes_down"] > 0 and (record["bytes_up"] > 0 or heard == 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", each(METHODS))
 def test_the_seed_decides_everything(method: str) -> None:
     first, again = oracle(method, "subsets"), play(scene(method, "subsets"))
     assert_same(first, again, 0.0)
@@ -165,7 +204,7 @@ def test_float32_agrees_after_five_rounds(method: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["serial", "stacked"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", each(METHODS))
 def test_stretches_of_no_steps_train_nothing_and_stay_writable(method: str, kind: str) -> None:
     """Zero epochs must not leave NaN in the record, which JSON has no word for."""
     off = {"epochs": 0}
@@ -175,7 +214,7 @@ def test_stretches_of_no_steps_train_nothing_and_stay_writable(method: str, kind
     assert_finite(played)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", each(METHODS))
 def test_when_nobody_is_ever_in_time_the_server_stays_as_it_was(method: str) -> None:
     """Devices go on by themselves; models of architectures that the server never heard of must not get lost."""
     raw = merged(scene(method, "rough"), {"rounds": 3, "population": {"participation": 1.0, "late": 1.0, "dropout": 0}})

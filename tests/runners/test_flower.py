@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness import each
 
 from fedkd import simulate, sweeping
 from fedkd.algorithms.catalogue import METHODS, method_class
@@ -302,7 +303,7 @@ def test_asynchronous_rounds_in_virtual_time_equal_serial(method: str, tmp_path:
 
 
 @pytest.mark.usefixtures("identity")
-@pytest.mark.parametrize("method", [m for m in METHODS if not method_class(m).pools_data])
+@pytest.mark.parametrize("method", each(m for m in METHODS if not method_class(m).pools_data))
 def test_equals_serial(method: str, tmp_path: Path) -> None:
     wanted = mixed(method)
     site = Site.load(wanted)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import CLIENTS, CNN, MLP, NO_DATA, RESNET, Played, assemble, assert_same, finish, merged, play
+from harness import CLIENTS, CNN, CORE, MLP, NO_DATA, RESNET, Played, assemble, assert_same, finish, merged, play
 
 from fedkd import simulate
-from fedkd.algorithms.base import Answer, Card, ServerState
+from fedkd.algorithms.base import Algorithm, Answer, Card, ServerState
 from fedkd.algorithms.catalogue import METHODS, build, method_class
 from fedkd.algorithms.fedavg import FedAvg
 from fedkd.errors import ConfigError
@@ -159,11 +159,18 @@ def test_without_late_or_lost_answers_time_changes_no_result() -> None:
 
 
 # ---- the same everywhere -----------------------------------------------------------------------------------------------
+def late_in_vain(method: str) -> bool:
+    """Tell whether a method has no use for late answers: each round asks for other samples, or nothing weighs them."""
+    cls = method_class(method)
+    return cls.ask is not Algorithm.ask or not (cls.weighs or cls.upload is Nothing)
+
+
 CASES = [
-    pytest.param(m, s, marks=[] if m in ("fedavg", "fd") or s == "asynchronous" else pytest.mark.slow)
+    pytest.param(m, s, marks=[] if m in ("fedavg", "fd") or (s == "asynchronous" and m in CORE) else pytest.mark.slow)
     for m in METHODS
     for s in SCENES
     if not (method_class(m).upload is Nothing and s in ("asynchronous", "first to come"))
+    if not (late_in_vain(m) and s in ("asynchronous", "late ones used"))
 ]
 
 
@@ -378,7 +385,7 @@ def tensors(method: Any, payload: Payload) -> dict[str, torch.Tensor]:
     return dict(told.tensors())
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if method_class(m).weighs])
+@pytest.mark.parametrize("method", [m for m in CORE if method_class(m).weighs])
 def test_an_answer_of_weight_two_counts_like_two(method: str) -> None:
     """And one of weight a half like half a one: weights mean the same in every method that claims to know them."""
     built: Any = build({"name": method})
@@ -404,7 +411,7 @@ def test_an_answer_of_weight_two_counts_like_two(method: str) -> None:
     assert any(not torch.allclose(value, plain[name], atol=1e-6) for name, value in double.items())
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if method_class(m).upload is not Nothing])
+@pytest.mark.parametrize("method", [m for m in CORE if method_class(m).upload is not Nothing])
 def test_every_method_takes_late_answers(method: str) -> None:
     """All of them weigh; one that did not would say so and take constant weights alone."""
     assert method_class(method).weighs
