@@ -27,6 +27,8 @@ METHODS: Mapping[str, str] = {
     "scarlet": "fedkd.algorithms.scarlet:SCARLET",
     "selective_fd": "fedkd.algorithms.selective_fd:SelectiveFD",
     "comet": "fedkd.algorithms.comet:COMET",
+    "fml": "fedkd.algorithms.fml:FML",
+    "fedkd": "fedkd.algorithms.fedkd:FedKD",
 }
 
 
