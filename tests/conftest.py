@@ -12,3 +12,6 @@ torch.set_num_threads(1)
 
 # `harness`, `user_models`, and methods that live outside the package.
 sys.path[:0] = [str(Path(__file__).parent / "contracts"), str(Path(__file__).parent)]
+
+# After the path is set: `faults.table` prints what became of each fault, by `pytest -m fault --faults`.
+pytest_plugins = ["faults.table"]

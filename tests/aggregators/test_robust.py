@@ -150,6 +150,7 @@ def accuracy(tmp_path: Path, **more: object) -> float:
     return float(found["accuracy"]["student"])
 
 
+@pytest.mark.fault(20, "30 % colluders break the mean; the rule `cronus` keeps the student")
 def test_colluders_break_the_mean_and_not_the_robust_rules(tmp_path: Path) -> None:
     """Three of ten devices agree on wrong classes. The honest run of this seed reaches 0.89."""
     attack = {"kind": "collude", "share": 0.3}

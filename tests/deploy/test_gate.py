@@ -209,6 +209,7 @@ def test_a_large_body_arrives_whole(world: World) -> None:
 
 
 # ---- identity -------------------------------------------------------------------------------------------------------
+@pytest.mark.fault(13, "the gate ends the connection, or answers 403 to an unlisted name; nothing reaches SuperLink")
 @pytest.mark.parametrize(
     "kind", ["none", "another authority", "expired", "not yet valid", "unknown name", "the server's own"]
 )
@@ -230,6 +231,7 @@ def test_a_device_without_tls_gets_nothing(world: World) -> None:
     assert status_of(answer) == 0 and not world.stand.received
 
 
+@pytest.mark.fault(14, "the gate answers 403 to a node key that is not the certificate's own")
 @pytest.mark.parametrize("key", ["hospital-b", "", "junk", "twice", "both"])
 def test_fault_14_a_certificate_speaks_with_its_own_node_key_only(world: World, key: str) -> None:
     """Client A has a valid certificate and even B's node key: it cannot speak as B."""
@@ -407,6 +409,7 @@ def test_the_day_has_an_end_and_a_restart_does_not_begin_another(made: Path, tmp
         assert usage.sent("hospital-a") == 0
 
 
+@pytest.mark.fault(17, "the gate answers 507 to uploads while the disk is nearly full; heartbeats pass")
 def test_fault_17_uploads_stop_before_the_disk_is_full(world: World) -> None:
     world.gate.disk_low = True
     world.gate.look_at_disk = lambda: None  # type: ignore[method-assign]

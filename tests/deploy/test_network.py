@@ -82,6 +82,9 @@ def test_a_device_that_loses_its_memory_goes_on_from_its_disk(
     assert_equal(network.play(experiment(CLIENTS), tmp_path / "run").folder, simulated)
 
 
+@pytest.mark.fault(
+    16, "a client that loses its memory between training and sending sends the same bytes from its outbox"
+)
 def test_a_lost_answer_is_sent_again_and_is_the_same(network: Network, simulated: Path, tmp_path: Path) -> None:
     answers: dict[str, bytes] = {}
     lost: list[str] = []
@@ -119,6 +122,10 @@ def test_a_device_that_never_heard_the_request_is_asked_again(
     assert any(ask.kind == "probe" for _, ask in network.wire.sent)
 
 
+@pytest.mark.fault(
+    15,
+    "a lost checkpoint: the round is asked again, devices answer from their outbox, the student is the same",
+)
 def test_a_server_that_goes_on_from_its_checkpoint_ends_equal(
     network: Network, simulated: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +146,7 @@ def test_a_server_that_goes_on_from_its_checkpoint_ends_equal(
     assert [row["round"] for row in rows(folder)] == [0, 1, 2]
 
 
+@pytest.mark.fault(19, "who is late or offline is noted, and the round goes on with the others")
 def test_late_and_offline_devices_do_not_hold_up_a_round(network: Network, tmp_path: Path) -> None:
     def silent(wire: Wire, client: int, ask: Ask, honest: Any) -> Any:
         return "silence" if client == 0 else honest()
@@ -160,6 +168,7 @@ def test_a_quorum_ends_a_round_early(network: Network, tmp_path: Path) -> None:
         assert (row["answered"], row["late"]) == (2, 1)
 
 
+@pytest.mark.fault(19, "rounds without the minimum fail by name, the run ends after three, and resumed goes on")
 def test_a_run_that_nobody_answers_ends_with_a_reason(network: Network, tmp_path: Path, simulated: Path) -> None:
     from fedkd.deploy.serve import RunFailed, _Watch
 
@@ -174,6 +183,7 @@ def test_a_run_that_nobody_answers_ends_with_a_reason(network: Network, tmp_path
     assert [row["failed"] for row in rows(folder)[3:]] == [None]
 
 
+@pytest.mark.fault(19, "a run that nobody joins says how many came and how many are needed")
 def test_nobody_comes(network: Network) -> None:
     runner = network.runner(experiment(CLIENTS, deployment={"wait_seconds": 0.1}))
     network.wire.offline = {0, 1, 2}

@@ -153,6 +153,7 @@ def test_from_a_device_the_fleet_api_is_all_there_is(running: Path, gate_port: i
     assert status_of(answer) == 401 and b"Invalid SuperNode authentication" in answer
 
 
+@pytest.mark.fault(13, "before the real server and nginx: no other certificate reaches SuperLink")
 def test_fault_13_no_certificate_but_a_provisioned_one_reaches_superlink(running: Path, gate_port: int) -> None:
     own = ClientKit.read(running / "hospital-a")
     for kind, context in strangers(running).items():
@@ -165,6 +166,7 @@ def test_fault_13_no_certificate_but_a_provisioned_one_reaches_superlink(running
             assert b"SuperNode" not in answer, (kind, path)
 
 
+@pytest.mark.fault(14, "before the real server: 403 from the gate, 401 from Flower for B's node id under A's key")
 def test_fault_14_client_a_cannot_speak_as_client_b(running: Path, gate_port: int, kit: ServerKit) -> None:
     a, b = (ClientKit.read(running / name) for name in ("hospital-a", "hospital-b"))
     # With B's public key in the head, which is no secret.
@@ -317,6 +319,7 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     assert not server.status(kit)["running"]
 
 
+@pytest.mark.fault(17, "`server start` refuses and says to make room")
 def test_fault_17_a_full_disk_is_named_before_anything_starts(tmp_path: Path) -> None:
     limit = shutil.disk_usage(tmp_path).total // 2**20 + 1
     kit = ServerKit.read(make_kits(tmp_path, limits=f"{{min_free_mib: {limit}}}") / "server")
@@ -324,6 +327,7 @@ def test_fault_17_a_full_disk_is_named_before_anything_starts(tmp_path: Path) ->
         server.start(kit)
 
 
+@pytest.mark.fault(17, "`server start` refuses a state that it cannot write")
 def test_fault_17_a_state_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     kit = ServerKit.read(make_kits(tmp_path, limits="{min_free_mib: 0}") / "server")
     (kit.state / ".probe").mkdir()

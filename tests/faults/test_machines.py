@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +37,7 @@ def network(tmp_path: Path) -> Network:
     return Network(tmp_path / "net", CLIENTS)
 
 
+@pytest.mark.fault(16, "nothing had left; the work is charged again, and the ledger never says less than was spent")
 def test_16_a_power_cut_after_the_charge_never_releases_twice(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +81,7 @@ def _full(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.setattr(os, "replace", refuse)
 
 
+@pytest.mark.fault(17, "the device tells the server that its disk is full; the round goes on without it")
 @pytest.mark.parametrize("where", ["/outbox/", "/models/", "/proxies/"])
 def test_17_a_device_with_a_full_disk_says_so(
     where: str, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -88,6 +93,7 @@ def test_17_a_device_with_a_full_disk_says_so(
     assert found["client"] == 1 and "No space left" in found["message"]
 
 
+@pytest.mark.fault(17, "the run ends naming the full disk; resumed, its student equals the undisturbed run's")
 def test_17_a_server_with_a_full_disk_stops_and_goes_on(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +106,49 @@ def test_17_a_server_with_a_full_disk_stops_and_goes_on(
     found = network.play(experiment(CLIENTS), folder)
     assert [r["round"] for r in rows(folder)] == [0, 1, 2]
     assert (found.folder / simulate.STUDENT).read_bytes() == (whole.folder / simulate.STUDENT).read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fedkd import simulate
+from fedkd.experiment import load
+at, seen, sync = int(sys.argv[3]), [], os.fsync
+def dies(handle):
+    if "round-000002" in os.readlink(f"/proc/self/fd/{handle}"):
+        seen.append(handle)
+        if len(seen) == at:
+            if os.path.isfile(f"/proc/self/fd/{handle}"):
+                os.truncate(f"/proc/self/fd/{handle}", os.fstat(handle).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    sync(handle)
+os.fsync = dies
+simulate.start(load(Path(sys.argv[1]))[0][1], Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    15, "killed in the middle of a checkpoint's files and resumed: the student equals the undisturbed run's"
+)
+def test_15_a_kill_in_the_middle_of_a_checkpoint(tmp_path: Path) -> None:
+    wanted = experiment(CLIENTS, runner={"kind": "serial", "threads": 1})
+    whole = simulate.start(wanted, tmp_path / "whole")
+    config = tmp_path / "wanted.yaml"
+    config.write_text(wanted.dump())
+    kills = 0
+    for at in range(1, 20):
+        folder = tmp_path / f"run-{at}"
+        command = [sys.executable, "-c", KILLED, str(config), str(folder), str(at)]
+        done = subprocess.run(command, capture_output=True, timeout=120)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        kills += 1
+        simulate.resume(folder)
+        assert (folder / simulate.STUDENT).read_bytes() == (whole.folder / simulate.STUDENT).read_bytes(), at
+        assert [r["round"] for r in rows(folder)] == [0, 1, 2]
+    assert 2 < kills < 19
 
 
 def _flip(file: Path) -> None:
@@ -117,6 +166,7 @@ def _path(file: Path) -> None:
     manifest.write_text(json.dumps({"sha256": {"../../x": "0" * 64}}))
 
 
+@pytest.mark.fault(18, "the checkpoint is passed over for the one before; the student equals the undisturbed run's")
 @pytest.mark.parametrize("damage", [_flip, _pickle, _path])
 def test_18_a_damaged_checkpoint_is_passed_over(
     damage: Callable[[Path], None], network: Network, tmp_path: Path
@@ -154,6 +204,7 @@ def _poison(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Wire, int, 
     return twist
 
 
+@pytest.mark.fault(20, "valid lies pass the checks, and the rounds go on")
 @pytest.mark.parametrize(
     "change",
     [
@@ -173,6 +224,7 @@ def test_20_the_round_survives_colluders(
         assert row["failed"] is None and row["answered"] == CLIENTS
 
 
+@pytest.mark.fault(20, "a device without records abstains")
 def test_20_a_device_without_records_abstains(tmp_path: Path) -> None:
     data = digits(CLIENTS)
     data["part"]["partition"] = {"clients": CLIENTS, "kind": "shards", "shards_per_client": 1}

@@ -149,9 +149,11 @@ def assert_others(student: dict[str, torch.Tensor], without: dict[str, torch.Ten
         torch.testing.assert_close(student[name], value, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=pytest.mark.fault(int(name.split()[0]))) for name in FAULTS]
+)
 def test_a_bad_answer_is_quarantined(
-    fault: str, network: Network, without: dict[str, torch.Tensor], tmp_path: Path
+    fault: str, network: Network, without: dict[str, torch.Tensor], tmp_path: Path, happened: Callable[[str], None]
 ) -> None:
     spoil, reason = FAULTS[fault]
 
@@ -164,8 +166,10 @@ def test_a_bad_answer_is_quarantined(
     (found,) = rows[1]["quarantined"]
     assert found["client"] == BAD and found["reason"] == reason and len(found["message"]) > 10, found
     assert_others(student, without)
+    happened(f"quarantined ({reason}): {found['message']}")
 
 
+@pytest.mark.fault(8, "refused while it comes, at the first object beyond the cap")
 def test_8_over_the_cap(network: Network, without: dict[str, torch.Tensor], tmp_path: Path) -> None:
     from flwr.proto.message_pb2 import ObjectTree
 
@@ -179,6 +183,7 @@ def test_8_over_the_cap(network: Network, without: dict[str, torch.Tensor], tmp_
     assert_others(student, without)
 
 
+@pytest.mark.fault(10, "an answer to another request is quarantined; the student is that of the others")
 def test_10_a_replay_counts_once(network: Network, without: dict[str, torch.Tensor], tmp_path: Path) -> None:
     kept: list[Say] = []
 
@@ -192,6 +197,7 @@ def test_10_a_replay_counts_once(network: Network, without: dict[str, torch.Tens
     assert_others(student, without)
 
 
+@pytest.mark.fault(14, "quarantined: the reply is not signed by the key of the client that was asked")
 @pytest.mark.parametrize("how", ["signed by another", "says another's number"])
 def test_14_a_client_speaks_as_another(
     how: str, network: Network, without: dict[str, torch.Tensor], tmp_path: Path
@@ -206,6 +212,7 @@ def test_14_a_client_speaks_as_another(
     assert_others(student, without)
 
 
+@pytest.mark.fault(14, "a forged reply is asked for once more, and the honest one counts")
 def test_14_one_forged_reply_does_not_cost_the_honest_one(network: Network, tmp_path: Path) -> None:
     forged: list[str] = []
 

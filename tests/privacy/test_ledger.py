@@ -226,6 +226,7 @@ def test_ten_thousand_devices_alike_take_one_short_line(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "l").events(9_999) == (ONE,)
 
 
+@pytest.mark.fault(17, "a charge that does not fit on the disk is refused, nothing is released, the ledger stays whole")
 def test_a_full_disk_refuses_and_leaves_the_ledger_whole(tmp_path: Path) -> None:
     path = tmp_path / "l"
     filled(path)
@@ -243,6 +244,7 @@ def test_a_full_disk_refuses_and_leaves_the_ledger_whole(tmp_path: Path) -> None
     Ledger(path).charge([entry(0, 9)])
 
 
+@pytest.mark.fault(16, "killed right after a charge: it stands in the ledger")
 def test_a_charge_is_on_disk_before_the_process_goes_on(tmp_path: Path) -> None:
     """Killed right after the charge, before anything is released: the charge stands."""
     path = tmp_path / "l"
