@@ -168,6 +168,9 @@ def _compact(indices: NDArray[np.int64], size: int) -> torch.Tensor:
 def _expand(part: Payload | None, size: int) -> NDArray[np.int64]:
     if not isinstance(part, ProxyIndices):
         return np.zeros(0, np.int64)
+    if len(part.indices) > size:
+        # Each index stands for an input in memory: a short message could ask for more of them than a device holds.
+        raise PayloadError("size", f"{len(part.indices)} proxy indices, but the proxy set has {size} samples")
     found: NDArray[np.int64] = part.indices.numpy()
     if len(found) == 1 and found[0] == size:
         return np.zeros(0, np.int64)

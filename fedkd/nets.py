@@ -12,6 +12,7 @@ from torch.func import functional_call
 from fedkd.algorithms.base import Batch
 from fedkd.kernels.jobs import run
 from fedkd.kernels.program import Program
+from fedkd.labeller import class_probabilities
 from fedkd.models import Architecture
 
 
@@ -97,19 +98,5 @@ class PredictorNet(Net):
         if method != "forward":
             raise TypeError("a client with predict_proba has no features")
         x = batch.x if isinstance(batch, Batch) else batch
-        given = np.asarray(self._predictor.predict_proba(x.flatten(1).numpy()), dtype=np.float64)  # type: ignore[attr-defined]
-        if given.ndim != 2 or len(given) != len(x):
-            raise ValueError(f"predict_proba gave {list(given.shape)} for {len(x)} inputs, expected a row for each")
-        held = np.asarray(getattr(self._predictor, "classes_", np.arange(given.shape[1])))
-        known = held.dtype.kind in "iu" and held.ndim == 1 and ((held >= 0) & (held < self._classes)).all()
-        if not known or len(held) != given.shape[1]:
-            raise ValueError(
-                f"predict_proba gave {given.shape[1]} columns for the classes {held.tolist()}: expected a column for each, "
-                f"of the classes 0 to {self._classes - 1}"
-            )
-        if not np.isfinite(given).all() or (given < 0).any():
-            raise ValueError("predict_proba gave NaN, infinity or a negative number, expected probabilities")
-        full = np.zeros((len(given), self._classes))
-        full[:, held] = given
-        full = np.clip(full, 1e-6, None)
-        return torch.from_numpy(np.log(full / full.sum(axis=1, keepdims=True))).to(self._dtype)
+        found = class_probabilities(self._predictor, x.flatten(1).numpy(), self._classes)
+        return torch.from_numpy(np.log(found)).to(self._dtype)

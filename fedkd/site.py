@@ -18,6 +18,7 @@ from fedkd.codecs import codec
 from fedkd.data import Dataset, Federation, ProxySet, prepare
 from fedkd.errors import ConfigError
 from fedkd.experiment import Experiment
+from fedkd.labeller import OWN
 from fedkd.models import Architecture
 from fedkd.payloads import Bundle, Contract, Nothing, Payload, ProxyIndices, Weights
 from fedkd.privacy.build import build
@@ -206,6 +207,11 @@ class Site:
                 )
             self._check_dp_sgd()
         for card in self.cards:
+            if card.architecture == OWN and len(self.silo.parts[card.id]):
+                raise ConfigError(
+                    f"device {card.id} has the model {OWN!r}, which is for devices of a real network that only label by a "
+                    "model in their data.yaml: name another model here"
+                )
             if not card.gradients and not method.predictors:
                 raise ConfigError(
                     f"device {card.id} runs {card.architecture!r}, which only answers predict_proba; {method.name} "

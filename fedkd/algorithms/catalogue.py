@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedkd.algorithms.base import Algorithm
 from fedkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedkd.algorithms.base import Algorithm
 
 METHODS: Mapping[str, str] = {
     "local": "fedkd.algorithms.baselines:Local",
@@ -41,6 +43,9 @@ def method_class(name: str) -> type[Algorithm]:
     Raises:
         ConfigError: no such method, or it is not an :class:`Algorithm`.
     """
+    # Here, so that a client without torch can read the names.
+    from fedkd.algorithms.base import Algorithm
+
     path = METHODS.get(name, name)
     if ":" not in path:
         near = difflib.get_close_matches(name, METHODS, n=1)

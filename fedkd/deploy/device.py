@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from fedkd.data import Dataset, ProxySet
 from fedkd.deploy.kit import ClientKit
@@ -24,6 +25,7 @@ from fedkd.deploy.outbox import Outbox
 from fedkd.deploy.policy import NodePolicy, read_policy
 from fedkd.envelope import PayloadError
 from fedkd.errors import ConfigError, DataError, FedkdError, kind_of
+from fedkd.labeller import OWN
 from fedkd.privacy.policy import PolicyError
 from fedkd.storage import StorageError, write_atomic
 
@@ -43,6 +45,16 @@ class Refused(FedkdError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class Desk(Protocol):
+    """A run at hand: this device trains for it (:class:`_Desk`), or only labels (:class:`fedkd.deploy.light.LabelDesk`)."""
+
+    @property
+    def rounds(self) -> int: ...
+
+    def respond(self, ask: Ask) -> tuple[bytes | None, str | None]:
+        """Return the answer, or why there is none."""
 
 
 class NeedsProxy(FedkdError):
@@ -71,7 +83,8 @@ class Device:
         self.local: LocalData = read_local_data(kit.path("data.yaml"))
         self.delivered: set[str] = set()
         self._records: Dataset | None = None
-        self._desk: tuple[tuple[str, str], _Desk] | None = None
+        self._predictor = self.local.model.load(kit.folder) if self.local.model is not None else None
+        self._desk: tuple[tuple[str, str], Desk] | None = None
 
     def handle(self, ask: Ask) -> Say:
         """Answer a request; whatever goes wrong becomes an answer in words."""
@@ -126,7 +139,6 @@ class Device:
         return self.state / RUNS / ask.run
 
     def _answer(self, ask: Ask) -> bytes:
-        from fedkd.messages import Request
         from fedkd.wire import read_head
 
         size = len(ask.request) + len(ask.proxy or b"")
@@ -142,7 +154,7 @@ class Device:
         desk = self._sit_down(ask)
         if ask.round >= desk.rounds:
             raise Refused("round", f"round {ask.round} of a run of {desk.rounds} rounds")
-        answer, error = desk.respond(Request(self.id, ask.round, ask.request, ask.holds))
+        answer, error = desk.respond(ask)
         if answer is None:
             raise Refused("device", error or "no answer")
         if len(answer) > self.policy.max_reply_bytes:
@@ -152,27 +164,44 @@ class Device:
         return answer
 
     # ---- the desk ---------------------------------------------------------------------------------------------------
-    def _sit_down(self, ask: Ask) -> _Desk:
+    def _sit_down(self, ask: Ask) -> Desk:
         """Return what is at hand for a run; made once, and anew when the experiment changes."""
-        from fedkd.deploy.sites import read_outline
-
         place = (ask.run, hashlib.sha256(json.dumps(ask.experiment, sort_keys=True).encode()).hexdigest())
         if self._desk is not None and self._desk[0] == place:
             return self._desk[1]
         self._desk = None
+        desk = self._labels(ask) if self._predictor is not None else self._trains(ask)
+        self._tidy(ask.run)
+        self._desk = (place, desk)
+        return desk
+
+    def _labels(self, ask: Ask) -> Desk:
+        from fedkd.deploy.light import LabelDesk, read_told
+
+        with _of_the_request():
+            told = read_told(ask.experiment, self.policy)
+            proxy = self._proxy(ask)
+            self.policy.check_answers(told, len(proxy), proxy.identity)
+            return LabelDesk.open(self.id, told, proxy, self._predictor)
+
+    def _trains(self, ask: Ask) -> Desk:
+        from fedkd.deploy.sites import read_outline
+
         with _of_the_request():
             experiment = read_outline(ask.experiment, self.policy)
             proxy = self._proxy(ask) if experiment.method.proxy != "none" else None
             self.policy.check(experiment, proxy.identity if proxy is not None else None)
+            devices = experiment.models.devices
+            if devices[self.id % len(devices)] == OWN:
+                raise ConfigError(
+                    f"the experiment counts on a model of client {self.id}'s own, and its data.yaml names none"
+                )
         if self._records is None:
             self._records = self.local.records()
-        self._tidy(ask.run)
-        desk = _Desk.open(self, ask, experiment, proxy, self._records)
-        self._desk = (place, desk)
-        return desk
+        return _Desk.open(self, ask, experiment, proxy, self._records)
 
     def _proxy(self, ask: Ask) -> ProxySet:
-        from fedkd.deploy.sites import unpack_proxy
+        from fedkd.deploy.outline import unpack_proxy
 
         told = ask.experiment.get("proxy")
         name = told.get("sha256") if isinstance(told, dict) else None
@@ -210,6 +239,7 @@ class Device:
 class _Desk:
     """A run at hand: site, engine and store."""
 
+    client: int
     site: object
     engine: object
     store: object
@@ -229,11 +259,13 @@ class _Desk:
         if experiment.privacy.kind == "dp_sgd":
             site.mechanism.open(Ledger(device.state / LEDGER), device.policy)
         store = FolderStore(device.state / RUNS / ask.run / "models", keep=ROUNDS_KEPT)
-        return cls(site, SerialEngine(site), store, experiment.rounds)
+        return cls(device.id, site, SerialEngine(site), store, experiment.rounds)
 
-    def respond(self, request: object) -> tuple[bytes | None, str | None]:
+    def respond(self, ask: Ask) -> tuple[bytes | None, str | None]:
         """Let the device work; returns its message, or why there is none."""
         from fedkd.client import respond
+        from fedkd.messages import Request
 
-        reply = respond(self.site, self.engine, self.store, [request])[0]  # type: ignore[arg-type,list-item]
+        request = Request(self.client, ask.round, ask.request, ask.holds)
+        reply = respond(self.site, self.engine, self.store, [request])[0]  # type: ignore[arg-type]
         return reply.body, reply.error

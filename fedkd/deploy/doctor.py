@@ -302,7 +302,7 @@ def _data(kit: ClientKit) -> Iterator[Finding]:
     from fedkd.deploy.localdata import read_local_data
 
     try:
-        yield Finding("data", "ok", read_local_data(kit.path("data.yaml")).check())
+        yield Finding("data", "ok", read_local_data(kit.path("data.yaml")).check(kit.folder))
     except FedkdError as cause:
         yield Finding("data", "problem", str(cause), "say in data.yaml where the records are: docs/deploy.md")
     except OSError as cause:

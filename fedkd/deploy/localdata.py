@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import yaml
@@ -17,6 +19,7 @@ from fedkd.data.proxy import build_proxy
 from fedkd.data.seeds import stream
 from fedkd.data.sources import load
 from fedkd.errors import ConfigError
+from fedkd.labeller import OnnxPredictor
 
 
 class PartConfig(BaseModel):
@@ -30,12 +33,56 @@ class PartConfig(BaseModel):
     proxy: ProxyConfig | None = Field(None, description="The simulation's proxy set, whose records nobody gets.")
 
 
-class LocalData(BaseModel):
-    """What ``data.yaml`` says."""
+class ModelConfig(BaseModel):
+    """A model that was trained elsewhere: the device only labels by it, learns nothing and needs no torch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: DataConfig = Field(description="As the `data:` section of an experiment.")
+    path: Path | None = Field(None, description="An ONNX file; a relative path starts at the folder of data.yaml.")
+    gives: Literal["probabilities", "logits"] = Field("probabilities", description="What the ONNX file puts out.")
+    output: str | None = Field(None, description="Name of the ONNX output; null: the first of floats [N, C].")
+    factory: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="package.module:name of an object with predict_proba, or of a function that returns one.",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.path is None) == (self.factory is None):
+            raise ConfigError("model needs either `path` (an ONNX file) or `factory` (package.module:name)")
+        return self
+
+    def load(self, folder: Path) -> Any:
+        """Return the object with ``predict_proba``.
+
+        Args:
+            folder: where a relative path starts.
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
+        if self.path is not None:
+            return OnnxPredictor(folder / self.path, self.gives, self.output)
+        assert self.factory is not None
+        module, _, name = self.factory.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+            made = found if hasattr(found, "predict_proba") and not inspect.isclass(found) else found()
+        except Exception as cause:
+            reason = " ".join(str(cause).split())
+            raise ConfigError(f"model.factory {self.factory!r} cannot be used: {reason}") from cause
+        if not hasattr(made, "predict_proba"):
+            raise ConfigError(f"model.factory {self.factory!r} gave a {type(made).__name__} without predict_proba")
+        return made
+
+
+class LocalData(BaseModel):
+    """What ``data.yaml`` says: where records are to train on, or the model of a device that only labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: DataConfig | None = Field(None, description="As the `data:` section of an experiment.")
+    model: ModelConfig | None = Field(None, description="Instead of `data`: this device only labels, by this model.")
     part: PartConfig | None = Field(None, description="Null: all training records of `data` are this device's own.")
     test: bool = Field(
         False,
@@ -44,7 +91,9 @@ class LocalData(BaseModel):
 
     @model_validator(mode="after")
     def _own(self) -> Self:
-        if self.data.augment.active:
+        if (self.data is None) == (self.model is None):
+            raise ConfigError("give either `data` (records to train on) or `model` (this device only labels)")
+        if self.data is not None and self.data.augment.active:
             raise ConfigError("data.augment is the experiment's to say, not data.yaml's")
         return self
 
@@ -54,6 +103,7 @@ class LocalData(BaseModel):
         Raises:
             ConfigError, DataError: as the sources do, each in one sentence.
         """
+        assert self.data is not None
         # A source without a test set of its own would lose a share of its records to one that nobody looks at here.
         split = load(self.data, self.part.seed if self.part is not None else 0)
         own = split.train
@@ -72,12 +122,16 @@ class LocalData(BaseModel):
             own = replace(own.scaled_by(own.fit_private()), scaled_at_home=True)
         return own
 
-    def check(self) -> str:
-        """Read the records and say in one sentence what they are.
+    def check(self, folder: Path) -> str:
+        """Read the records, or load the model, and say in one sentence what they are.
 
+        Args:
+            folder: where a relative path of a model starts.
         Raises:
             ConfigError, DataError: they cannot be read.
         """
+        if self.model is not None:
+            return f"a model that only labels: {type(self.model.load(folder)).__name__}"
         own = self.records()
         size = "x".join(map(str, own.shape))
         held = len(np.unique(own.y))

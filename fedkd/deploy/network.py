@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 from fedkd.deploy.config import DeploymentConfig
 from fedkd.deploy.mail import MESSAGE_TYPE, Ask, MailError, Say, key_of, pack_ask, unpack_say
+from fedkd.deploy.outline import pack_proxy
 from fedkd.deploy.parcels import Arriving
-from fedkd.deploy.sites import outline, pack_proxy
+from fedkd.deploy.sites import outline
 from fedkd.messages import Reply, Request
 from fedkd.runners.base import Inspection, Runner
 from fedkd.site import Site

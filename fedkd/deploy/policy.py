@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field, ValidationError
 
+from fedkd.algorithms.catalogue import METHODS
 from fedkd.errors import ConfigError
-from fedkd.privacy.policy import Policy, PolicyError
+from fedkd.privacy.policy import Asked, Policy, PolicyError
 
 if TYPE_CHECKING:
     from fedkd.experiment import Experiment
@@ -47,25 +48,39 @@ class NodePolicy(Policy):
                 wanted = getattr(getattr(experiment, section), name)
                 if wanted is not None and wanted > most:
                     raise PolicyError(f"{section}.{name} is {wanted}, this node's policy allows max_{name} {most}")
-        if experiment.proxy is not None and experiment.proxy.size > self.max_proxy_samples:
-            raise PolicyError(
-                f"the proxy set has {experiment.proxy.size} samples, this node's policy allows {self.max_proxy_samples}"
-            )
-        self.check_experiment(experiment, proxy_identity)
+        self.check_answers(experiment, 0 if experiment.proxy is None else experiment.proxy.size, proxy_identity)
 
-    def check_names(self, method: Any, models: Iterable[Any]) -> None:
-        """Refuse methods and models that are neither the library's nor allowed here, before anything is imported.
+    def check_answers(self, asked: Asked, proxy_samples: int, proxy_identity: str | None) -> None:
+        """Refuse what goes beyond this policy, whether or not anything is trained for it.
 
         Raises:
-            PolicyError: naming the method or the model.
+            PolicyError: naming what is asked and what is allowed.
         """
-        from fedkd.algorithms.catalogue import METHODS
-        from fedkd.models.registry import REGISTRY
+        if proxy_samples > self.max_proxy_samples:
+            raise PolicyError(
+                f"the proxy set has {proxy_samples} samples, this node's policy allows {self.max_proxy_samples}"
+            )
+        self.check_experiment(asked, proxy_identity)
 
+    def check_method(self, method: Any) -> None:
+        """Refuse a method that is neither the library's nor allowed here, before anything is imported.
+
+        Raises:
+            PolicyError: naming it.
+        """
         name = method.get("name") if isinstance(method, dict) else method
         known = METHODS if self.methods is None else self.methods
         if not isinstance(name, str) or name not in known:
             raise PolicyError(f"this node does not take part in method {name!r}: its policy allows {', '.join(known)}")
+
+    def check_models(self, models: Iterable[Any]) -> None:
+        """Refuse models that are neither the library's nor allowed here, before anything is imported.
+
+        Raises:
+            PolicyError: naming the model.
+        """
+        from fedkd.models.registry import REGISTRY
+
         for model in models:
             if model in self.models:
                 continue

@@ -7,8 +7,6 @@ a simulation would deal them, and how long the server waits are none of a device
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,23 +15,16 @@ import numpy as np
 import torch
 
 from fedkd.data import Dataset, Federation, ProxySet, Split
-from fedkd.data.proxy import build_proxy, decode_inputs, encode_inputs
+from fedkd.data.proxy import build_proxy
 from fedkd.data.scaling import Standardiser
 from fedkd.data.sources import load
+from fedkd.deploy.outline import SECTIONS, check_words
 from fedkd.deploy.policy import NodePolicy
-from fedkd.errors import ConfigError, DataError
+from fedkd.errors import ConfigError
 from fedkd.experiment import Experiment, validate
 from fedkd.models import resolve
 from fedkd.privacy.policy import PolicyError
 from fedkd.site import Site
-
-SECTIONS = (
-    "name", "seed", "rounds", "dtype", "proxy_per_round", "models", "algorithm", "training", "digest", "pretrain",
-    "codec", "privacy",
-)  # fmt: skip
-"""Sections that travel whole."""
-SCALING = ("center", "scale", "fill")
-MAX_SCALING_VALUES = 100_000
 
 
 # ---- what travels ---------------------------------------------------------------------------------------------------
@@ -42,6 +33,8 @@ def outline(site: Site, proxy: bytes | None) -> dict[str, Any]:
     whole = site.experiment.model_dump(mode="json")
     told: dict[str, Any] = {name: whole[name] for name in SECTIONS}
     told["privacy"] = {**told["privacy"], "policy": None}
+    told["codec"] = {"up": site.codec_up.spec, "down": site.codec_down.spec}
+    told["answer"] = site.method.upload.__name__
     told["population"] = {
         "participation": whole["population"]["participation"],
         "minimum": whole["population"]["minimum"],
@@ -65,68 +58,25 @@ def read_outline(told: Mapping[str, Any], policy: NodePolicy) -> Experiment:
         PolicyError: it asks for a method or a model that this node does not take.
         ConfigError: it does not fit together.
     """
-    known = {*SECTIONS, "population", "augment", "clients", "classes", "shape", "proxy"}
-    strange = sorted(set(told) - known)
-    if strange:
-        raise PolicyError(f"the server speaks of {', '.join(map(repr, strange))}, which is no server's to say")
+    check_words(told)
     models = told.get("models")
     if not isinstance(models, dict) or not isinstance(models.get("devices"), list):
         raise ConfigError("the server names no models")
     # Before anything else reads them: a name with a colon would be imported.
-    policy.check_names(told.get("algorithm"), [models.get("student"), *models["devices"]])
-    privacy = told.get("privacy")
-    if not isinstance(privacy, dict) or privacy.get("policy") is not None:
-        raise PolicyError("privacy.policy is this node's own, not the server's to name")
+    policy.check_method(told.get("algorithm"))
+    policy.check_models([models.get("student"), *models["devices"]])
     raw: dict[str, Any] = {name: told[name] for name in SECTIONS if name in told}
     raw["population"] = told.get("population", {})
     raw["data"] = {"augment": told.get("augment", {})}
     proxy = told.get("proxy")
     raw["proxy"] = None if proxy is None else {"size": proxy["size"], "labelled": proxy["labelled"]}
-    return validate(raw)
-
-
-def pack_proxy(proxy: ProxySet) -> bytes:
-    """Return the proxy set and its scaling as they travel once to a device that lacks them."""
-    scaling = proxy.scaling
-    head = json.dumps(
-        {
-            "name": proxy.name,
-            "scaling": None if scaling is None else {n: _plain(getattr(scaling, n)) for n in SCALING},
-        }
-    ).encode()
-    return struct.pack("<I", len(head)) + head + encode_inputs(proxy.x, proxy.y)
-
-
-def unpack_proxy(data: bytes, cap_bytes: int) -> ProxySet:
-    """Undo :func:`pack_proxy`.
-
-    Raises:
-        DataError: the bytes hold something else, or more than ``cap_bytes``.
-    """
-    try:
-        (size,) = struct.unpack_from("<I", data)
-        head = json.loads(data[4 : 4 + size])
-        told = head["scaling"]
-        scaling = None if told is None else Standardiser(**{n: _array(told[n]) for n in SCALING})
-        name = str(head["name"])[:64]
-    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as cause:
-        raise DataError(f"the bytes are no proxy set of fedkd ({cause}): fetch it from the server again") from cause
-    x, y = decode_inputs(data[4 + size :], cap_bytes)
-    return ProxySet(x, y, name, scaling)
-
-
-def _plain(array: np.ndarray) -> dict[str, Any]:
-    return {"shape": list(array.shape), "values": [float(v) for v in array.reshape(-1)]}
-
-
-def _array(told: Mapping[str, Any]) -> np.ndarray:
-    values = told["values"]
-    if len(values) > MAX_SCALING_VALUES:
-        raise ValueError("too many constants")
-    array = np.asarray(values, np.float32)
-    if array.ndim != 1 or not np.isfinite(array).all():
-        raise ValueError("constants that are no finite numbers")
-    return array.reshape([int(n) for n in told["shape"]])
+    experiment = validate(raw)
+    if told.get("answer") != experiment.method.upload.__name__:
+        raise ConfigError(
+            f"the server awaits {told.get('answer')!r}, but {experiment.method.name} sends "
+            f"{experiment.method.upload.__name__}: run one release of fedkd"
+        )
+    return experiment
 
 
 # ---- the server -----------------------------------------------------------------------------------------------------
@@ -210,7 +160,7 @@ def model_size(name: str, shape: tuple[int, ...], classes: int) -> int:
         return 0  # only this node's own policy names such a model
     with torch.device("meta"):
         model = resolve(name)(shape, classes)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) if isinstance(model, torch.nn.Module) else 0
 
 
 def _site(experiment: Experiment, train: Dataset, test: Dataset, proxy: ProxySet | None, sizes: list[int]) -> Site:

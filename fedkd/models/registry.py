@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fedkd.labeller import OWN
 
 Shape = tuple[int, ...]
 
@@ -118,7 +121,26 @@ def resnet(shape: Shape, classes: int, width: int = 16, norm: str = "batch") -> 
     return Classifier(body, nn.Linear(4 * width, classes))
 
 
-REGISTRY: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+class Own:
+    """Stands for the model that a device on a real network has itself, and that nobody else knows."""
+
+    def predict_proba(self, x: object) -> object:
+        """Refuse: the model is not here.
+
+        Raises:
+            ConfigError: always.
+        """
+        from fedkd.errors import ConfigError
+
+        raise ConfigError("model 'own' is on its device, which labels by it on a real network: it cannot be asked here")
+
+
+def own(shape: Shape, classes: int) -> Own:
+    """A device's own model, named in its data.yaml."""
+    return Own()
+
+
+REGISTRY: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "logreg": logreg,
         "mlp": mlp,
@@ -126,5 +148,6 @@ REGISTRY: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "lenet_half": partial(lenet, width=0.5),
         "cnn": cnn,
         "resnet": resnet,
+        OWN: own,
     }
 )

@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedkd.errors import ConfigError, FedkdError
 
-if TYPE_CHECKING:
-    from fedkd.experiment import Experiment
+
+class AskedPrivacy(Protocol):
+    """The section ``privacy`` of what is asked."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def seeded(self) -> bool: ...
+
+
+class AskedPopulation(Protocol):
+    """The section ``population`` of what is asked."""
+
+    @property
+    def minimum(self) -> int: ...
+
+
+class Named(Protocol):
+    """Something with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Asked(Protocol):
+    """What of an experiment a policy looks at: an :class:`fedkd.experiment.Experiment` has it."""
+
+    @property
+    def privacy(self) -> AskedPrivacy: ...
+
+    @property
+    def population(self) -> AskedPopulation: ...
+
+    @property
+    def rounds(self) -> int: ...
+
+    @property
+    def method(self) -> Named: ...
 
 
 class PolicyError(FedkdError):
@@ -57,7 +94,7 @@ class Policy(BaseModel):
             faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'policy'}: {e['msg']}" for e in cause.errors())
             raise ConfigError(f"the policy {path} is not valid: {faults}") from cause
 
-    def check_experiment(self, experiment: Experiment, proxy_identity: str | None) -> None:
+    def check_experiment(self, experiment: Asked, proxy_identity: str | None) -> None:
         """Refuse an experiment that goes beyond this policy, before anything is computed for it.
 
         Args:
