@@ -35,7 +35,7 @@ def check_words(told: Mapping[str, Any]) -> None:
     if strange:
         raise PolicyError(f"the server speaks of {', '.join(map(repr, strange))}, which is no server's to say")
     privacy = told.get("privacy")
-    if not isinstance(privacy, dict) or privacy.get("policy") is not None:
+    if isinstance(privacy, dict) and privacy.get("policy") is not None:
         raise PolicyError("privacy.policy is this node's own, not the server's to name")
 
 
