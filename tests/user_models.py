@@ -47,6 +47,19 @@ class Tied(nn.Module):
         return out
 
 
+class Twice(nn.Module):
+    """Calls one layer twice."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        width = int(np.prod(shape))
+        self.inner, self.out = nn.Linear(width, width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(F.relu(self.inner(F.relu(self.inner(x.flatten(1))))))
+        return out
+
+
 class OwnNoise(nn.Module):
     """Draws from torch's global stream, as `F.dropout` does."""
 

@@ -366,7 +366,7 @@ def check_additive(engine: Engine, phase: Phase, task: Task) -> None:
 
 def _check_layers(engine: Engine, phase: Phase, task: Task) -> None:
     """Refuse a model whose weights are used beside the layers that own them: no norm per record counts that."""
-    from fedkd.privacy.stacked_dpsgd import reaches_weights_beside_layers, why_not
+    from fedkd.privacy.stacked_dpsgd import uses_of_layers, why_not
 
     architectures = engine.site.architectures_of(task.card)
     ghost = engine.experiment.privacy.gradients == "ghost"
@@ -380,9 +380,15 @@ def _check_layers(engine: Engine, phase: Phase, task: Task) -> None:
                 f"{reason or 'two models of one architecture'}. Use privacy.gradients=hooks"
             )
         return
-    if reaches_weights_beside_layers(engine, phase, task):
+    beside, twice = uses_of_layers(engine, phase, task)
+    if beside:
         raise ConfigError(
             f"model {task.card.architecture!r} uses the weight of a layer beside the layer's own forward (F.linear, a tied "
             "or normalised weight): that part of a record's gradient is in no norm, so that clipping does not bound it. "
             "Call the layer itself, or wrap the use into a module of its own"
+        )
+    if ghost and twice is not None and isinstance(engine, SerialEngine):
+        raise ConfigError(
+            f"model {task.card.architecture!r} calls its layer {twice!r} more than once, and Opacus's ghost clipping takes the "
+            "norm of one call alone. Use privacy.gradients=hooks, or the stacked runner, whose norms cover all calls"
         )

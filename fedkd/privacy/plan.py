@@ -15,6 +15,7 @@ from fedkd.privacy.client_level import ClientLevel, largest_norm
 from fedkd.privacy.config import PrivacyConfig
 from fedkd.privacy.events import Event, Relation, calibrate, epsilon, merge
 from fedkd.privacy.record_level import DpSgd
+from fedkd.privacy.secure.mechanism import SecureSum, fewest
 
 if TYPE_CHECKING:
     from fedkd.experiment import Experiment
@@ -84,9 +85,12 @@ def cost(experiment: Experiment, kind: Kind, budget: float | None, *, clients: i
         mechanism = build(changed, clients=clients, queries=queries, classes=classes)
     except ValueError as cause:
         return Cost(kind=kind, unit=unit, relation=own.relation, delta=own.delta, reason=_sentence(cause))
-    assert isinstance(mechanism, DpSgd | ClientLevel)
+    if isinstance(mechanism, SecureSum) and not mechanism.noisy:
+        mechanism = mechanism.inner  # masks cost nothing: devices pay for what they mask
+    assert isinstance(mechanism, DpSgd | ClientLevel | SecureSum)
     rounds = mechanism.participations if isinstance(mechanism, DpSgd) else mechanism.rounds
     sigma = mechanism.noise_multiplier
+    assert sigma is not None
 
     # Where a person's records may be on every device, everybody's releases are composed.
     devices = 1 if privacy.disjoint else clients
@@ -115,8 +119,13 @@ def _sentence(cause: ValueError) -> str:
     return " ".join(text.removeprefix("Value error, ").split())
 
 
-def _noise(mechanism: DpSgd | ClientLevel) -> str:
+def _noise(mechanism: DpSgd | ClientLevel | SecureSum) -> str:
     """What the noise is, in the units of what is released."""
+    if isinstance(mechanism, SecureSum):
+        deviation = math.sqrt(mechanism.variance) / mechanism.grid.scale
+        if mechanism.counts_votes:
+            return f"{deviation:.3g} votes of {mechanism.least} devices, the fewest in a sum; more with more"
+        return f"{deviation / mechanism.least:.3g} on every mean probability of {mechanism.least} devices, the fewest in a sum"
     if isinstance(mechanism, DpSgd):
         each = mechanism.noise_multiplier * mechanism.clip / mechanism.expected_batch
         return f"{each:.3g} on every entry of a mean gradient of norm at most {mechanism.clip:g}"
@@ -147,6 +156,9 @@ def best_buys(
     privacy, population = experiment.privacy, experiment.population
     q = population.participation if privacy.sampling == "poisson" else 1.0
     count = max(1.0, clients * population.participation * (1 - population.dropout) * (1 - population.late))
+    # Every device of a secure sum brings the noise that makes the smallest permitted sum private: more devices, more noise.
+    cohort = population.cohort(clients)
+    excess = math.sqrt(max(1.0, count / fewest(privacy, population, cohort))) if privacy.secure_sum else 1.0
     # Under either mechanism a query's noise is sigma x root of queries / clients, times the share of the largest norm.
     one = calibrate(
         lambda sigma: [Event(sigma=sigma, q=q, count=experiment.rounds, reach=math.sqrt(2))],
@@ -159,7 +171,7 @@ def best_buys(
         best: Buy | None = None
         for queries in _sizes(most):
             norm = largest_norm(queries, classes) if kind == "labels" else math.sqrt(queries)
-            deviation = one * norm / count
+            deviation = one * norm * excess / count
             right = _right(level, deviation, classes, count)
             worth = queries * max(0.0, (right - 1 / classes) / (1 - 1 / classes)) ** 2
             if best is None or worth > best.worth:

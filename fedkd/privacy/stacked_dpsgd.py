@@ -517,11 +517,11 @@ def _free(
     return _pass(phase, architectures, layers, live, still, nobody, [0] * count, still_streams, heard, put)
 
 
-def reaches_weights_beside_layers(engine: Engine, phase: Phase, task: Task) -> bool:
-    """Tell whether a record's gradient reaches a weight in another way than through the layer that owns it.
+def uses_of_layers(engine: Engine, phase: Phase, task: Task) -> tuple[bool, str | None]:
+    """Tell whether a record's gradient reaches a weight beside the layer that owns it, and name a layer called twice.
 
-    Such a gradient (a layer's weight used by ``F.linear``, a tied head) is in no norm per record. Tried out on made-up
-    records and fresh weights, on layers that have a stacked form.
+    A gradient beside the layers (a layer's weight used by ``F.linear``, a tied head) is in no norm per record. Tried out on
+    made-up records and fresh weights, on layers that have a stacked form.
     """
     site, count = engine.site, 3
     architectures = site.architectures_of(task.card)
@@ -543,9 +543,10 @@ def reaches_weights_beside_layers(engine: Engine, phase: Phase, task: Task) -> b
             stream = [torch.Generator().manual_seed(0)]
             direct = _pass(phase, architectures, layers, live, rest, given, [count], stream, heard, put)
             found.append({k: direct.get(k, torch.zeros_like(v)) for k, v in live.items()})
+        twice = next((name.partition("/")[2] for name, seen in layers.items() if len(seen.inputs) > 1), None)
     gap = max(float((found[0][k] - found[1][k]).norm()) for k in params)
     size = max(float(found[0][k].norm()) for k in params)
-    return gap > 1e-6 * size + 1e-9
+    return gap > 1e-6 * size + 1e-9, twice
 
 
 def _pass(

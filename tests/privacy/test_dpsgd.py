@@ -236,6 +236,18 @@ def test_a_weight_used_beside_its_layer_is_refused(kind: str, gradients: str) ->
         moved(at, kind, [0, 1])
 
 
+@pytest.mark.usefixtures("noiseless")
+def test_a_layer_that_is_called_twice_counts_whole_or_is_refused() -> None:
+    """Stacked ghost clipping sees both calls, as Opacus's hooks do; Opacus's ghost clipping does not."""
+    options = {"dtype": "float64", "privacy": {"clip": 0.05}}
+    by_hooks, stacked = (moved(site("user_models:Twice", **options), kind, [0])[0] for kind in ("serial", "stacked"))
+    assert float((by_hooks - stacked).abs().max()) < 1e-12
+    ghost = merged(options, {"privacy": {"gradients": "ghost"}})
+    assert float((moved(site("user_models:Twice", **ghost), "stacked", [0])[0] - stacked).abs().max()) < 1e-12
+    with pytest.raises(ConfigError, match=r"'inner' more than once.*privacy\.gradients=hooks"):
+        moved(site("user_models:Twice", **ghost), "serial", [0])
+
+
 def test_what_reaches_a_weight_beside_its_layer_never_enters_the_stacked_sum(
     noiseless: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,9 +25,16 @@ from fedkd.privacy.secure.protocol import Terms
 from fedkd.privacy.secure.quantise import Grid, bits_for, one_hot
 
 if TYPE_CHECKING:
-    from fedkd.experiment import Experiment
+    from fedkd.experiment import Experiment, PopulationConfig
+    from fedkd.privacy.config import PrivacyConfig
 
 LEAST_COHORT = 3
+
+
+def fewest(config: PrivacyConfig, population: PopulationConfig, cohort: int) -> int:
+    """Return the smallest number of devices whose sum may be learned where ``cohort`` are asked: noise is sized for it."""
+    needed = Terms(length=1, bits=1, threshold=config.secure_threshold).needed(cohort)
+    return max(population.minimum, LEAST_COHORT, needed)
 
 
 class SecureSum(Mechanism):
@@ -64,8 +71,7 @@ class SecureSum(Mechanism):
         self.counts_votes = config.kind == "votes" or experiment.method.upload is Votes
         self.sends_votes = experiment.method.upload is Votes
         cohort = population.cohort(clients)
-        share = config.secure_threshold
-        least = max(population.minimum, LEAST_COHORT, Terms(length=1, bits=1, threshold=share).needed(cohort))
+        least = fewest(config, population, cohort)
         if least > cohort:
             raise ConfigError(
                 f"a secure sum needs at least {least} devices in a round, but {cohort} are asked: raise "
@@ -93,7 +99,7 @@ class SecureSum(Mechanism):
             bits = bits_for(cohort, self.grid.largest, skellam.reach(variance))
         except ValueError as cause:
             raise ConfigError(f"{cause} (privacy.secure_scale)") from cause
-        self.terms = Terms(length=length, bits=bits, minimum=least, threshold=share)
+        self.terms = Terms(length=length, bits=bits, minimum=least, threshold=config.secure_threshold)
         self._charged: set[tuple[int, str, int]] = set()
 
     def _norms(self, length: int) -> tuple[float, float, float]:
