@@ -218,18 +218,17 @@ def _train(site: Site, engine: Engine, plans: Plans) -> None:
 
 
 def _answer(site: Site, engine: Engine, turns: Sequence[Turn]) -> None:
-    # Under DP-SGD a device without records answers as well: its silence would tell that it has none.
     speakers = [
         turn
         for turn in turns
         if turn.card.gradients
         and turn.refused is None
-        and (len(turn.task.private) or site.method.upload is Nothing or site.mechanism.trains)
+        and (len(turn.task.private) or site.method.upload is Nothing or site.mechanism.empty_answers)
     ]
     for turn, payload in zip(speakers, engine.answer([t.task for t in speakers]) if speakers else [], strict=True):
         turn.answer = payload
     for turn in turns:
-        if not turn.card.gradients and len(turn.task.private):
+        if not turn.card.gradients and (len(turn.task.private) or site.mechanism.empty_answers):
             try:
                 turn.answer = _predict(site, turn)
             except Exception as cause:

@@ -6,6 +6,7 @@ One without ``fit`` answers as it is: it was trained elsewhere.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from fedkd.payloads import Logits, Payload, SoftLabels
 
 
 class Constant:
-    """Predicts the class frequencies it was fitted on: what a learner that needs two classes is replaced by."""
+    """Predicts the class frequencies it was fitted on: what a learner that needs two classes is replaced by.
+
+    Without any label it has no classes, which stands for all of them alike.
+    """
 
     def __init__(self, labels: NDArray[np.int64]) -> None:
         self.classes_, counts = np.unique(labels, return_counts=True)
@@ -51,7 +55,7 @@ def learn(
     if not hasattr(predictor, "fit"):
         return predictor
     x, y = private
-    x, y = x.reshape(len(x), -1), y.astype(np.int64)
+    x, y = x.reshape(len(x), math.prod(x.shape[1:])), y.astype(np.int64)
     weight = np.ones(len(y))
     if public is not None and taught is not None:
         top = taught.max(dim=-1)

@@ -76,9 +76,9 @@ class Open:
 
     ``seen`` [K]: devices that were asked or heard in this round. None is asked twice, so that (device, round) names an
     answer, and none counts twice in an aggregate. ``taken`` [K]: those, and devices that an earlier round keeps busy.
-    ``turns`` counts how often devices were asked, ``busy`` the devices at work or sending, ``own`` those of them that
-    this round asked. ``bodies``: the messages written, by audience. ``told``: the same as references for delta coding,
-    valid from the next round on.
+    ``used``: by round, the devices whose answers are in ``accepted``. ``turns`` counts how often devices were asked,
+    ``busy`` the devices at work or sending, ``own`` those of them that this round asked. ``bodies``: the messages written,
+    by audience. ``told``: the same as references for delta coding, valid from the next round on.
     """
 
     number: int
@@ -92,6 +92,7 @@ class Open:
     deadline: float = NEVER
     asked: int = 0
     accepted: Collected = field(default_factory=Collected)
+    used: dict[int, list[int]] = field(default_factory=dict)
     fresh: int = 0
     staleness: list[int] = field(default_factory=list)
     abstained: int = 0
@@ -217,6 +218,8 @@ class Rounds:
             self._in_time(progress, open, self.world)
         self._give_up(progress, open)
         failed = self._close(progress, open)
+        if failed is None:
+            self.site.mechanism.check_account(self.run, open.used)
         if self.experiment.virtual is not None:
             progress.clock += self.experiment.virtual.server_seconds
         if open.sum is not None:
@@ -426,6 +429,7 @@ class Rounds:
             open.abstained += 1
         else:
             open.accepted.add(answer)
+            open.used.setdefault(request.round, []).append(request.client)
             open.staleness.append(open.number - request.round)
             open.fresh += open.number == request.round
 

@@ -121,6 +121,9 @@ class ClientLevel(Mechanism):
         card = Card(id=SERVER, architecture=self.student)
         return Collected([Answer(card=card, payload=sealed.payload, examples=sealed.examples)]), taught
 
+    def payers(self, devices: Sequence[int]) -> Sequence[int]:
+        return (SERVER,) if devices else ()
+
     @property
     @abstractmethod
     def what(self) -> Sequence[str]:

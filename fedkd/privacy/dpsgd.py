@@ -389,6 +389,6 @@ def _check_layers(engine: Engine, phase: Phase, task: Task) -> None:
         )
     if ghost and twice is not None and isinstance(engine, SerialEngine):
         raise ConfigError(
-            f"model {task.card.architecture!r} calls its layer {twice!r} more than once, and Opacus's ghost clipping takes the "
-            "norm of one call alone. Use privacy.gradients=hooks, or the stacked runner, whose norms cover all calls"
+            f"model {task.card.architecture!r} calls its layer {twice!r} more than once, and Opacus's ghost clipping takes "
+            "the norm of one call alone. Use privacy.gradients=hooks, or the stacked runner, whose norms cover all calls"
         )

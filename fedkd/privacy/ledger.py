@@ -138,6 +138,11 @@ class Ledger:
         found = self._spent.get((device, unit), {}) if run is None else self._by_run.get((device, unit, run), {})
         return merge(e.times(n) for e, n in found.items())
 
+    def charged(self, run: str, round: int, unit: Unit | None) -> set[int]:
+        """Return who was charged for one round of one run."""
+        found = (e.devices for e in self._entries if e.round == round and e.run == run and e.unit == unit)
+        return {device for devices in found for device in devices}
+
     def relation(self, device: int, unit: Unit) -> Relation:
         """The stronger of the neighbouring relations that a party's releases were claimed under."""
         return "replace_one" if (device, unit) in self._strict else "add_remove"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedkd.errors import FedkdError
 from fedkd.payloads import Payload
 from fedkd.privacy.events import Event, Relation, Unit
-from fedkd.privacy.ledger import Ledger
+from fedkd.privacy.ledger import SERVER, Ledger
 from fedkd.privacy.policy import Policy
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Mechanism(ABC):
     """Private phases of training go through :mod:`fedkd.privacy.dpsgd` instead of the engine's plain steps."""
     sums_securely: bool = False
     """Answers leave as masked vectors, of which the server learns the sum alone."""
+    empty_answers: bool = False
+    """A device without records answers like the others, because its silence would tell that it has none."""
     secret_cohort: bool = False
     """Clients are drawn by :meth:`draw`, in secret, instead of from the experiment's seed."""
 
@@ -155,6 +157,28 @@ class Mechanism(ABC):
     @abstractmethod
     def claim(self) -> Claim:
         """Return what may be said of all releases so far."""
+
+    def payers(self, devices: Sequence[int]) -> Sequence[int]:
+        """Return the parties whose charges must stand in the ledger once answers of ``devices`` were used in a round."""
+        return ()
+
+    def check_account(self, run: str, answered: Mapping[int, Sequence[int]]) -> None:
+        """Refuse to go on with answers that no charge covers: a claim of such a run would be too small, down to 0.
+
+        Args:
+            answered: by round, the devices whose answers were used.
+        Raises:
+            PrivacyError: naming one of the parties that were not charged.
+        """
+        self.ledger.refresh()
+        for round, devices in answered.items():
+            missing = set(self.payers(devices)) - self.ledger.charged(run, round, self.unit)
+            if missing:
+                who = "the server" if (first := min(missing)) == SERVER else f"device {first}"
+                raise PrivacyError(
+                    f"an answer was used in round {round + 1}, but the ledger holds no charge of {who} for it, so that no "
+                    "epsilon covers it: the ledger was exchanged, or is not the one that devices charge"
+                )
 
     @property
     def epsilon(self) -> float:

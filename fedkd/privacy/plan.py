@@ -125,7 +125,8 @@ def _noise(mechanism: DpSgd | ClientLevel | SecureSum) -> str:
         deviation = math.sqrt(mechanism.variance) / mechanism.grid.scale
         if mechanism.counts_votes:
             return f"{deviation:.3g} votes of {mechanism.least} devices, the fewest in a sum; more with more"
-        return f"{deviation / mechanism.least:.3g} on every mean probability of {mechanism.least} devices, the fewest in a sum"
+        each, least = deviation / mechanism.least, mechanism.least
+        return f"{each:.3g} on every mean probability of {least} devices, the fewest in a sum"
     if isinstance(mechanism, DpSgd):
         each = mechanism.noise_multiplier * mechanism.clip / mechanism.expected_batch
         return f"{each:.3g} on every entry of a mean gradient of norm at most {mechanism.clip:g}"

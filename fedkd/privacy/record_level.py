@@ -47,6 +47,7 @@ class DpSgd(Mechanism):
     name = "dp_sgd"
     unit = "record"
     trains = True
+    empty_answers = True
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__()
@@ -162,6 +163,10 @@ class DpSgd(Mechanism):
         # One charge, one release: a second answer of the same round would be trained anew and must be charged anew.
         self._admitted.discard(place)
         return self._seal(payload, 1.0, losses)
+
+    def payers(self, devices: Sequence[int]) -> Sequence[int]:
+        # A method without a step on private records costs nothing, and charges nothing.
+        return devices if self.price(self.first) and self.price(self.later) else ()
 
     def noise(self, *who: str | int) -> NoiseSource:
         """Return a fresh source of noise; by name only in the seeded mode for tests."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from harness import (
     CLIENTS,
     CNN,
@@ -14,12 +17,14 @@ from harness import (
     ONE_RECORD,
     RESNET,
     Played,
+    assemble,
     assert_finite,
     assert_same,
     each,
     merged,
     play,
 )
+from numpy.typing import NDArray
 
 from fedkd.algorithms.catalogue import METHODS, method_class
 from fedkd.payloads import Nothing
@@ -187,6 +192,36 @@ def test_delta_against_another_subset_of_a_large_proxy_set(codec: str) -> None:
     assert all(r["quarantined"] == [] and r["answered"] == CLIENTS - 1 for r in played.records)
     top = [int(played.rounds.ask_indices(r).max()) for r in range(12)]
     assert min(top) < 256 <= max(top), "the case that this test is for did not occur: take another seed"
+
+
+def test_spread_queries_lie_apart_and_are_the_same_in_every_round() -> None:
+    raw = {"algorithm": "ds_fl", "proxy": {"size": 200}, "proxy_per_round": 12, "models": {"devices": ["logreg"]}}
+    spread, random = (assemble(merged(raw, {"proxy_choice": how})) for how in ("spread", "random"))
+    assert spread.site.proxy_all is not None
+    x = spread.site.proxy_all.all()[0].flatten(1)
+
+    def reach(ask: NDArray[np.int64]) -> float:
+        """Mean distance of a proxy sample to the nearest query."""
+        return float(torch.cdist(x, x[torch.from_numpy(ask)]).min(1).values.mean())
+
+    chosen = spread.rounds.ask_indices(0)
+    assert len(set(chosen.tolist())) == 12 and np.array_equal(chosen, np.sort(chosen)) and chosen.min() >= 0
+    assert np.array_equal(chosen, spread.rounds.ask_indices(1)), "the same queries cost, and teach, the same each time"
+    assert reach(chosen) < min(reach(random.rounds.ask_indices(r)) for r in range(10))
+    # It looks at the public set alone: other private records change nothing.
+    other = assemble(merged(raw, {"proxy_choice": "spread"}), awkward=False)
+    assert np.array_equal(chosen, other.rounds.ask_indices(0))
+
+
+def test_spread_queries_are_distinct_where_proxy_samples_are_alike() -> None:
+    raw = {"algorithm": "ds_fl", "proxy": {"size": 40}, "proxy_per_round": 30, "proxy_choice": "spread"}
+    played = assemble(raw)
+    pool = played.site.proxy_all
+    assert pool is not None
+    pool.pool._x = pool.pool.take(torch.arange(len(pool.pool)) % 3)  # three inputs, thirteen times each
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn remarks that it found fewer clusters than asked for
+        assert len(set(played.rounds.ask_indices(0).tolist())) == 30
 
 
 @pytest.mark.parametrize("method", ["ds_fl", "fedavg"])

@@ -6,13 +6,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from fedkd.errors import ConfigError
 from fedkd.experiment import load
 from fedkd.messages import Request
+from fedkd.privacy import plan as plans
 from fedkd.privacy.secure import protocol
 from fedkd.privacy.secure.exchange import take_part
 from fedkd.privacy.secure.quantise import bits_for
+from fedkd.records import Records
 from fedkd.rounds import Rounds
 from fedkd.runners.base import LocalRunner, make_engine
 from fedkd.simulate import resume, start
@@ -134,6 +137,38 @@ def test_the_devices_noises_add_up_to_what_is_accounted():
 def test_what_a_secure_sum_cannot_serve_is_refused_when_the_experiment_is_read(words, why):
     with pytest.raises(ConfigError, match=why):
         load(None, ["privacy.secure_sum=true", *words])
+
+
+@pytest.mark.parametrize("model", ["mlp", "user_models:TopLabel"])
+def test_a_device_without_records_is_as_loud_as_the_others(model, monkeypatch):
+    """The server that noisy sums protect clients from would learn of its silence that it has no records."""
+    private = Site.private
+
+    def empty(self, client):
+        found = private(self, client)
+        return found if client else Records(found.pool, torch.zeros(0, dtype=torch.int64))
+
+    monkeypatch.setattr(Site, "private", empty)
+    words = ("rounds=1", "privacy.secure_sum=true", f"models.devices={model}")
+    for noise in ("privacy.kind=votes", "privacy.kind=labels"):
+        _, _, (record,), _ = play(*words, noise, "privacy.epsilon=8")
+        assert (record["answered"], record["quarantined"], record["failed"]) == (6, [], None)
+    _, _, (record,), _ = play(*words)
+    assert record["answered"] == 5, "without noise the sum protects no client, and none has to answer for nothing"
+
+
+@pytest.mark.parametrize("kind", ["labels", "votes", "dp_sgd"])
+def test_the_plan_of_a_secure_sum_is_what_the_run_costs(kind):
+    words = ["rounds=3", "partition.clients=9", "population.minimum=7", "privacy.epsilon=2", "privacy.secure_sum=true"]
+    experiment = load(None, [*words, f"privacy.kind={kind}"])[0][1]
+    found = plans.cost(experiment, kind, 2.0, clients=9, queries=10, classes=10)
+    assert found.reason is None and found.one_round < 1.9 < found.plan <= 2.0 < found.one_more
+    if kind != "dp_sgd":
+        assert "of 7 devices, the fewest in a sum" in found.noise
+        # Nine devices bring the noise of nine; a trusted server adds what is needed.
+        trusted = experiment.model_copy(update={"privacy": experiment.privacy.model_copy(update={"secure_sum": False})})
+        secure, plain = (plans.best_buys(e, 2.0, clients=9, classes=10, most=40) for e in (experiment, trusted))
+        assert secure[0].deviation / secure[0].queries ** 0.5 > plain[0].deviation / plain[0].queries ** 0.5
 
 
 def test_a_method_that_compares_answers_and_a_secure_sum_exclude_each_other(monkeypatch):

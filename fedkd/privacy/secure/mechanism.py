@@ -50,7 +50,8 @@ class SecureSum(Mechanism):
         variance mu = (noise_multiplier * D2)^2 on every entry: drop-outs down to the minimum cost no privacy, and a full
         house bears more noise than it needs. Charged to the device's ledger before its vector leaves, as a Renyi curve.
         Devices that tell the server their own share take it off the noise: count them out of ``population.minimum``.
-        Edge cases: NaN and infinite entries count as 0 or as the largest number; a vote outside the classes counts for none.
+        Edge cases: a device without records answers as well, since its silence would tell that it has none. NaN and
+        infinite entries count as 0 or as the largest number; a vote outside the classes counts for none.
         Without noise (``none``) the sum itself is exact and may tell anything that a sum tells. ``dp_sgd`` protects records
         by itself; the masks come on top.
     """
@@ -68,6 +69,7 @@ class SecureSum(Mechanism):
         self.name = f"secure {config.kind}" if self.noisy else f"{inner.name} behind a secure sum"
         self.unit = "client" if self.noisy else inner.unit
         self.trains = inner.trains
+        self.empty_answers = self.noisy or inner.empty_answers
         self.counts_votes = config.kind == "votes" or experiment.method.upload is Votes
         self.sends_votes = experiment.method.upload is Votes
         cohort = population.cohort(clients)
@@ -215,6 +217,9 @@ class SecureSum(Mechanism):
         self._charged.discard(place)
         source = NoiseSource(self.name, self.seed, party.device, party.round) if self.config.seeded else NoiseSource()
         return self._seal(self._vector(payload, source), 1.0, None)
+
+    def payers(self, devices: Sequence[int]) -> Sequence[int]:
+        return devices if self.noisy else self.inner.payers(devices)
 
     def _vector(self, payload: Payload, source: NoiseSource | None) -> Payload:
         if isinstance(payload, Nothing):
