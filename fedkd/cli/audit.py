@@ -46,6 +46,8 @@ def show(found: dict[str, Any]) -> None:
         )
     out.print(f"{found['canaries']} canaries; {found['rerun']}", highlight=False)
     out.print(table)
+    if found["held"] is not None:
+        out.print(found["held"], highlight=False, soft_wrap=True)
     out.print(claims_line(found), highlight=False, soft_wrap=True)
     labels = found["label_inference"]
     if labels is not None:

@@ -33,7 +33,7 @@ class NoiseSource:
         secret = hashlib.sha256(b"fedkd test noise" + text).digest() if seed else os.urandom(32)
         self.seeded = bool(seed)
         self._stream = Cipher(algorithms.AES(secret), modes.CTR(bytes(16))).encryptor()
-        self._buffer = bytearray(12 * _CHUNK + 16)
+        self._buffer = bytearray()
 
     def bits(self, count: int) -> NDArray[np.uint32]:
         """Return ``count`` uniform 32-bit integers."""
@@ -58,6 +58,8 @@ class NoiseSource:
         for start in range(0, flat.numel(), 2 * _CHUNK):
             part = flat[start : start + 2 * _CHUNK]
             half = (part.numel() + 1) // 2
+            if len(self._buffer) < 12 * half + 16:  # no more than is drawn: audits make a source for every release
+                self._buffer = bytearray(12 * half + 16)
             self._stream.update_into(_ZEROS[: 12 * half], self._buffer)
             raw = torch.frombuffer(self._buffer, dtype=torch.int64, count=half)
             # 52 bits and a half are exact in float64, so that the uniform lies inside (0, 1). In float32 it would be 1,

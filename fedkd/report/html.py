@@ -588,6 +588,8 @@ def audit_section(run: Run) -> Section | None:
         )
     head = ("view", "attacker", "AUC", "TPR at 1 % FPR", "epsilon at least", "epsilon claimed")
     body = paragraph(f"{found.get('canaries')} canaries; {found.get('rerun')}.") + table(head, rows, words=2)
+    if found.get("held") is not None:
+        body += paragraph(found["held"])
     mechanism, labels = found.get("mechanism"), found.get("label_inference")
     if "run" in found:
         told = (found["run"]["epsilon"], found["run"]["ledger"], found["claim"]["epsilon"])
@@ -604,7 +606,7 @@ def audit_section(run: Run) -> Section | None:
             f"{labels['prior']:.3f} by guessing the mean."
         )
     body += paragraph(f"At {100 * found.get('confidence', 0.95):g} % confidence: {found.get('verdict')}.")
-    return Section(title="Audit", body=body)
+    return Section(title="Audit", body=body, wide=True)
 
 
 def loss_section(run: Run) -> Section | None:

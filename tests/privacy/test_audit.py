@@ -111,6 +111,10 @@ def test_the_audit_reads_the_runs_own_claim_and_ledger(tmp_path):
     found = audit_run(tmp_path / "a", canaries=60, runs=200)
     assert found["run"] == {"finished": True, "epsilon": 0.1, "ledger": summary["epsilon"]}
     assert "claims epsilon 0.100" in found["verdict"]
+    (student,) = (view for view in found["views"] if view["name"] == "student")
+    assert summary["epsilon"] < student["claimed"] < 2 * summary["epsilon"], "a record more is a client replaced"
+    assert f"epsilon {student['claimed']:.2f}, which is that of replacing a client" in found["held"]
+    assert found["held"].replace("'", "&#x27;") in write_report(tmp_path / "a").read_text().replace("&#39;", "&#x27;")
     assert f"of its ledger {summary['epsilon']:.2f}" in write_report(tmp_path / "a").read_text()
     assert f"of its ledger {summary['epsilon']:.2f}" in claims_line(found)
 

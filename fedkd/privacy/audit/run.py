@@ -53,6 +53,7 @@ def audit_run(folder: Path, *, canaries: int = CANARIES, seed: int = 0, runs: in
             "which a coin left in or out"
         ),
         "views": _views(again),
+        "held": _held(again),
     }
     labels = label_inference(again)
     found["label_inference"] = None if labels is None else {"attack": labels.attack, "prior": labels.prior}
@@ -121,6 +122,17 @@ def _limit(again: Rerun) -> float | None:
     party = SERVER if not mechanism.sums_securely else mechanism.ledger.devices[0][0]
     found = epsilon(mechanism.ledger.events(party, "client"), claim.delta, "replace_one")
     return found if math.isfinite(found) else None
+
+
+def _held(again: Rerun) -> str | None:
+    """Say why the bounds are held against another epsilon than the run's, if they are."""
+    claim, limit = again.site.mechanism.claim(), _limit(again)
+    if limit is None or claim.epsilon is None or claim.unit == "record" or claim.relation == "replace_one":
+        return None
+    return (
+        f"A canary more or less makes its client another one: bounds are held against epsilon {limit:.2f}, which is that of "
+        f"replacing a client. The run's {claim.epsilon:.2f} is that of a client more or less."
+    )
 
 
 def _verdict(found: dict[str, Any], mechanism: MechanismAudit | None) -> str:
