@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from fedkd.deploy.kit import ServerKit
+from fedkd.deploy.log import setup_log
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.storage import write_json
 
@@ -76,6 +77,7 @@ def serve(grid: Any, context: Any) -> None:
         FedkdError: the run ended with a reason; Flower marks its own run as failed, and `fedkd run --resume` goes on.
     """
     kit = ServerKit.read(Path(os.environ["FEDKD_KIT"]))
+    setup_log("run", kit.state / "logs")
     folder = run_folder(kit, str(context.run_config.get("run", "")))
     with _alone(folder):
         standing = Standing.read(folder)

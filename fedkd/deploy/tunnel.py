@@ -1,7 +1,8 @@
 """A way to the gate for programs that show no client certificate, such as Flower's own `flower-supernode`.
 
-It listens on the loopback, in plain HTTP, and carries bytes over the kit's mutual TLS. Whoever may connect to this
-machine's loopback may use it: the node key is still needed for anything, and the gate takes this client's alone.
+It listens on the loopback and carries bytes over the kit's mutual TLS. Whoever may connect to this machine's loopback may
+use it: the node key is still needed for anything, and the gate takes this client's alone. It speaks TLS on the loopback
+too, because SuperNode signs nothing on a plain line, under a certificate that stands for 127.0.0.1 and nothing else.
 """
 
 from __future__ import annotations
@@ -12,12 +13,39 @@ import logging
 import signal
 import ssl
 
+from fedkd.deploy import ca
 from fedkd.deploy.gate import CHUNK_BYTES, listen
 from fedkd.deploy.kit import LOOPBACK, ClientKit
 from fedkd.deploy.log import event
+from fedkd.errors import ConfigError
+from fedkd.storage import write_atomic
 
 CONNECT_SECONDS = 15.0
 CONNECTIONS = 32
+TRUSTED, PAIR = "tunnel.crt", "tunnel.pem"
+"""Below the kit's state: what `flower-supernode --root-certificates` names, and what the tunnel shows it."""
+
+
+def loopback_tls(kit: ClientKit) -> ssl.SSLContext:
+    """Return what the tunnel speaks on the loopback; its certificate is made once and kept.
+
+    Raises:
+        ConfigError: the kept one is damaged. StorageError: none can be kept.
+    """
+    trusted, pair = kit.state / TRUSTED, kit.state / PAIR
+    if not (trusted.exists() and pair.exists()):
+        # The authority's key is forgotten at once: it has signed all that it ever will.
+        authority, key = ca.Authority.new(f"tunnel of {kit.name}"[:64]), ca.new_key()
+        leaf = authority.leaf("tunnel", key.public_key(), usage=ca.SERVER, hosts=(LOOPBACK,), days=ca.CA_DAYS)
+        write_atomic(pair, ca.key_pem(key) + ca.certificate_pem(leaf), mode=0o600)
+        write_atomic(trusted, ca.certificate_pem(authority.certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_cert_chain(pair)
+    except (OSError, ssl.SSLError) as cause:
+        raise ConfigError(f"cannot use {pair}: {cause}. Remove it and {trusted}; the tunnel makes new ones") from cause
+    return context
 
 
 class Tunnel:
@@ -29,7 +57,8 @@ class Tunnel:
 
     async def serve(self, port: int) -> None:
         """Listen on ``port`` of the loopback."""
-        server = await asyncio.start_server(self._connection, sock=listen(LOOPBACK, port))
+        tls = loopback_tls(self.kit)
+        server = await asyncio.start_server(self._connection, sock=listen(LOOPBACK, port), ssl=tls)
         event(self.log, "tunnel.open", port=port, server=self.kit.server_address)
         async with server:
             await server.serve_forever()

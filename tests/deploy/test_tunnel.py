@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from fedkd.deploy.gate import Gate, listen
 from fedkd.deploy.kit import ClientKit, ServerKit
 from fedkd.deploy.log import setup_log
 from fedkd.deploy.ops import GateMetrics
-from fedkd.deploy.tunnel import Tunnel
+from fedkd.deploy.tunnel import PAIR, TRUSTED, Tunnel, loopback_tls
+from fedkd.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,7 @@ def tunnel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
     assert opened.wait(20)
+    until(lambda: listens(port))
     yield kits, port
     for task in tasks:
         loop.call_soon_threadsafe(task.cancel)
@@ -46,10 +51,34 @@ def tunnel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int
 def test_it_leads_to_the_gate_and_no_further(tunnel: tuple[Path, int]) -> None:
     kits, port = tunnel
     a, b = (ClientKit.read(kits / name) for name in ("hospital-a", "hospital-b"))
+    tls = trusting(a)
     # 503: the gate let it through, and nothing stands behind this one.
-    assert status_of(exchange(port, None, request(a, body=b"x" * 300_000))) == 503
-    assert status_of(exchange(port, None, request(a, "/v1/control/list-runs"))) == 404
-    assert status_of(exchange(port, None, request(b))) == 403
+    assert status_of(exchange(port, tls, request(a, body=b"x" * 300_000))) == 503
+    assert status_of(exchange(port, tls, request(a, "/v1/control/list-runs"))) == 404
+    assert status_of(exchange(port, tls, request(b))) == 403
+
+
+def test_its_own_certificate_is_kept_and_a_damaged_one_named(tmp_path: Path) -> None:
+    own = ClientKit.read(make_kits(tmp_path) / "hospital-a")
+    loopback_tls(own)
+    before = (own.state / TRUSTED).read_bytes()
+    assert (own.state / PAIR).stat().st_mode & 0o077 == 0
+    loopback_tls(own)
+    assert (own.state / TRUSTED).read_bytes() == before
+    (own.state / PAIR).write_bytes(b"no certificate")
+    with pytest.raises(ConfigError, match="the tunnel makes new ones"):
+        loopback_tls(own)
+
+
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def trusting(kit: ClientKit) -> ssl.SSLContext:
+    """Return what a program on the device speaks to the tunnel."""
+    return ssl.create_default_context(cafile=str(kit.state / TRUSTED))
 
 
 def test_without_a_server_the_connection_ends_and_the_log_says_why(tunnel: tuple[Path, int], tmp_path: Path) -> None:
@@ -62,7 +91,7 @@ def test_without_a_server_the_connection_ends_and_the_log_says_why(tunnel: tuple
     async def try_it() -> bytes:
         task = asyncio.create_task(Tunnel(lost, setup_log("lost", tmp_path)).serve(port))
         await asyncio.sleep(0.2)
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting(lost))
         writer.write(b"x")
         try:
             return await asyncio.wait_for(reader.read(), 10)
