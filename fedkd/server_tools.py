@@ -44,6 +44,17 @@ class Tools:
         """Return proxy inputs [N, ...]."""
         return self._records(indices).all()[0]
 
+    def labels(self, indices: np.ndarray) -> Tensor:
+        """Return the labels [N] of proxy samples.
+
+        Raises:
+            TypeError: they have none.
+        """
+        found = self._records(indices).all()[1]
+        if found is None:
+            raise TypeError("these proxy samples have no labels")
+        return found
+
     def trainable(self, architecture: str) -> tuple[str, ...]:
         """Return the names of a model's parameters; its other tensors are buffers."""
         return self._site.architecture(architecture).trainable

@@ -6,6 +6,9 @@ from abc import ABC
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+from torch import Tensor
+
 from fedkd.aggregators import mean_weights
 from fedkd.algorithms.base import (
     Algorithm,
@@ -16,6 +19,7 @@ from fedkd.algorithms.base import (
     Heard,
     ServerState,
     ServerTools,
+    Tensors,
     View,
     adopt,
     with_model,
@@ -74,3 +78,25 @@ class WeightAveraging(Algorithm, ABC):
 
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
         return with_model(server, "student", server.models["student"][0], knowledge.tensors())
+
+
+def flatten(tensors: Tensors) -> Tensor:
+    """Return all tensors of floats as one vector."""
+    return torch.cat([t.flatten() for t in tensors.values() if t.is_floating_point()])
+
+
+def unflatten(flat: Tensor, like: Tensors) -> dict[str, Tensor]:
+    """Undo :func:`flatten`; counters are taken from ``like``."""
+    out, at = {}, 0
+    for name, value in like.items():
+        if not value.is_floating_point():
+            out[name] = value
+            continue
+        out[name], at = flat[at : at + value.numel()].reshape(value.shape), at + value.numel()
+    return out
+
+
+def added(base: Tensors, change: Tensors, sign: float = 1.0) -> dict[str, Tensor]:
+    """Return base + sign · change; counters are taken from ``base`` where sign is negative, else from ``change``."""
+    keep = base if sign < 0 else change
+    return {n: t + sign * change[n] if t.is_floating_point() else keep[n] for n, t in base.items()}

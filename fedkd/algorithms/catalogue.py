@@ -31,6 +31,14 @@ METHODS: Mapping[str, str] = {
     "comet": "fedkd.algorithms.comet:COMET",
     "fml": "fedkd.algorithms.fml:FML",
     "fedkd": "fedkd.algorithms.fedkd:FedKD",
+    "fedaux": "fedkd.algorithms.fedaux:FedAUX",
+    "feded": "fedkd.algorithms.feded:FedED",
+    "fedgems": "fedkd.algorithms.fedgems:FedGEMS",
+    "fedet": "fedkd.algorithms.fedet:FedET",
+    "fedkt": "fedkd.algorithms.fedkt:FedKT",
+    "fedgkt": "fedkd.algorithms.fedgkt:FedGKT",
+    "fedhkd": "fedkd.algorithms.fedhkd:FedHKD",
+    "fedcache": "fedkd.algorithms.fedcache:FedCache",
 }
 
 

@@ -13,7 +13,7 @@ The quantiser, delta and entropy coding are the codec ``simplex:b+delta+entropy`
 bytes are those of the coded message.
 
 Deviations: a range coder with a static model per message stands for the paper's arithmetic coder. The server's net goes
-on from its last weights instead of starting anew each round.
+on from its last weights; ``server_restart`` lets it start from fresh random ones in every round, as devices do.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from fedkd.algorithms.base import (
     ServerState,
     ServerTools,
     View,
+    with_model,
 )
 from fedkd.losses import soft_cross_entropy
 from fedkd.payloads import Payload, SoftLabels
@@ -58,6 +59,7 @@ class CFD(Algorithm):
     codecs: ClassVar[tuple[str, str]] = ("simplex:1+delta+entropy", "simplex:1+delta+entropy")
 
     restart: bool = True  # devices start every round from fresh random weights
+    server_restart: bool = False  # and so does the server's net
 
     def needs_each(self) -> str | None:
         return None
@@ -79,6 +81,9 @@ class CFD(Algorithm):
         return batch.mean(soft_cross_entropy(net(batch), knowledge.tensors()["labels"][batch.index]))
 
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
+        if self.server_restart:
+            name = server.models["student"][0]
+            server = with_model(server, "student", name, tools.initial(name, "restart"))
         server = super().update(server, knowledge, tools)
         logits = next(iter(tools.logits([server.models["student"]], tools.asked)))
         return replace(server, knowledge=SoftLabels(labels=logits.softmax(-1)))

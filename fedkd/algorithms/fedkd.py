@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fedkd.aggregators import weighted_mean
+from fedkd.algorithms.averaging import added
 from fedkd.algorithms.base import (
     Algorithm,
     Answers,
@@ -91,8 +92,8 @@ class FedKD(Algorithm):
         return replace(state, models={**state.models, "shared": new}, memory=memory)
 
     def plan(self, heard: Heard) -> tuple[Phase, ...]:
-        trains = ("model", "shared")
-        return (Phase(name="mutual", data="private", loss=self.private_loss, settings="training", trains=trains),)
+        both = ("model", "shared")
+        return (Phase(name="mutual", data="private", loss=self.private_loss, settings="training", trains=both),)
 
     def private_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
         teacher, student = net(batch), net["shared"](batch)
@@ -156,9 +157,3 @@ class FedKD(Algorithm):
 def own(memory: Tensors) -> dict[str, Tensor]:
     """Return the student as the server knows that the device holds it."""
     return {name.removeprefix("held/"): t for name, t in memory.items() if name.startswith("held/")}
-
-
-def added(base: Tensors, change: Tensors, sign: float = 1.0) -> dict[str, Tensor]:
-    """Return base + sign · change; counters are taken from ``base`` where sign is negative, else from ``change``."""
-    keep = base if sign < 0 else change
-    return {n: t + sign * change[n] if t.is_floating_point() else keep[n] for n, t in base.items()}

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkd.aggregators.scores import density_ratio
 from fedkd.algorithms.base import (
     Algorithm,
     Answers,
@@ -44,19 +45,6 @@ from fedkd.payloads import Bundle, Chosen, Contract, Payload, SoftLabels
 
 if TYPE_CHECKING:
     from fedkd.nets import Net
-
-
-def density_ratio(x: Tensor, known: Tensor, noise: Tensor, sigma: float, ridge: float) -> Tensor:
-    """Return r [N] at ``x`` [N, D] from records ``known`` [m, D] and ``noise`` [n, D]; see the module text."""
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return torch.exp(-torch.cdist(a, b).square() / (2 * sigma**2))
-
-    n, m = len(noise), len(known)
-    system = kernel(noise, noise) / n + ridge * torch.eye(n, dtype=x.dtype)
-    right = -kernel(noise, known).sum(1) / (n * m * ridge)
-    ratio: Tensor = kernel(x, noise) @ torch.linalg.solve(system, right) + kernel(x, known).mean(1) / ridge
-    return ratio
 
 
 @final
@@ -134,11 +122,10 @@ class SelectiveFD(Algorithm):
         return Bundle(parts={"chosen": Chosen(chosen=chosen.to(tools.dtype)), "labels": labels})
 
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
-        kept = knowledge.tensors()["chosen/chosen"].bool().numpy()
+        kept, taught = knowledge.tensors()["chosen/chosen"].bool().numpy(), knowledge.tensors()["labels/labels"]
         if not kept.any():
             return server
         name, weights = server.models["student"]
-        taught = knowledge.tensors()["labels/labels"]
         student = tools.train(
             name,
             weights,

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from harness import MLP, assemble, merged, play, tapped
-from test_ideas import C, batch, collect, direct, heard, normal, server
+from test_ideas import C, Direct, batch, collect, direct, heard, normal, server
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedkd.aggregators import enhanced_era
-from fedkd.algorithms.base import Card, View
+from fedkd.aggregators.scores import density_ratio, logistic
+from fedkd.algorithms.base import Batch, Card, Heard, View
 from fedkd.algorithms.comet import COMET
+from fedkd.algorithms.fedaux import FedAUX
+from fedkd.algorithms.fedcache import FedCache, neighbours
+from fedkd.algorithms.feded import FedED
+from fedkd.algorithms.fedet import FedET, consensus
+from fedkd.algorithms.fedgems import FedGEMS
+from fedkd.algorithms.fedgkt import FedGKT
+from fedkd.algorithms.fedhkd import FedHKD
+from fedkd.algorithms.fedkd import FedKD, own
+from fedkd.algorithms.fedkt import FedKT
+from fedkd.algorithms.fml import FML
 from fedkd.algorithms.scarlet import SCARLET
-from fedkd.algorithms.selective_fd import SelectiveFD, density_ratio
-from fedkd.payloads import Bundle, Chosen, Logits, Nothing, SoftLabels
+from fedkd.algorithms.selective_fd import SelectiveFD
+from fedkd.codecs import lowrank
+from fedkd.payloads import Bundle, Chosen, Logits, Nothing, Prototypes, SoftLabels, Weights
+from fedkd.server_tools import Tools
 
 TINY = {
     "data": {"train_size": 120, "test_size": 20},
@@ -179,3 +194,314 @@ def test_selective_fd_learns_nothing_from_samples_that_were_dropped() -> None:
     told = heard(Nothing(), labels=teacher, chosen=torch.tensor([1.0, 0.0, 1.0]).double())
     each = -(teacher * net(x).log_softmax(-1)).sum(-1)
     assert torch.allclose(SelectiveFD().public_loss(net, batch(x), told), (each[0] + each[2]) / 3)
+
+
+# ---- FML and FedKD --------------------------------------------------------------------------------------------------
+class Two:
+    """Stands for a device's two models, each a fixed linear map."""
+
+    def __init__(self) -> None:
+        self.own, self.shared = direct(), Direct(normal(C, C, seed=7))
+
+    def __call__(self, x: object) -> Tensor:
+        return self.own(x)
+
+    def __getitem__(self, role: str) -> Direct:
+        assert role == "shared"
+        return self.shared
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    p = teacher.softmax(-1)
+    return (p * (p.log() - student.log_softmax(-1))).sum(-1)
+
+
+def test_fml_weighs_labels_and_the_other_model_by_alpha_and_beta() -> None:
+    net, x, y = Two(), normal(3, C), [0, 2, 3]
+    own, meme = net(x), net.shared(x)
+    ce = [F.cross_entropy(z, torch.tensor(y), reduction="none") for z in (own, meme)]
+    want = 0.3 * ce[0] + 0.7 * divergence(meme, own) + 0.9 * ce[1] + 0.1 * divergence(own, meme)
+    got = FML(alpha=0.3, beta=0.9).private_loss(net, batch(x, y), heard(Nothing()))  # type: ignore[arg-type]
+    assert torch.allclose(got, want.mean())
+
+
+def test_fml_sends_the_shared_model_and_keeps_the_private_one() -> None:
+    played, tap = tapped(merged(TINY, {"algorithm": "fml", "models": {"devices": ["logreg"]}, "rounds": 2}))
+    _, student = played.progress.state.models["student"]
+    assert all(p.tensors().keys() == student.keys() for p, _ in tap.uploads(1).values())
+    kept = [played.runner.store.load(k, 2).state.models["model"]["head.weight"] for k in (0, 2)]
+    assert kept[0].shape != student["head.weight"].shape and not torch.allclose(kept[0], kept[1])
+
+
+def test_fedkd_trusts_distillation_less_while_both_models_err() -> None:
+    net, x, y = Two(), normal(3, C), [0, 2, 3]
+    own, shared = net(x), net.shared(x)
+    err = sum(F.cross_entropy(z, torch.tensor(y), reduction="none") for z in (own, shared))
+    want = err + (divergence(own, shared) + divergence(shared, own)) / err
+    assert torch.allclose(FedKD().private_loss(net, batch(x, y), heard(Nothing())), want.mean())  # type: ignore[arg-type]
+
+
+def test_singular_values_are_kept_up_to_the_share_of_energy_and_all_where_only_all_will_do() -> None:
+    s = torch.tensor([3.0, 2.0, 1.0])  # energies 9, 4, 1 of 14
+    assert [lowrank.rank(s, e) for e in (0.5, 9 / 14, 0.65, 0.93, 1.0)] == [1, 1, 2, 3, 3]
+    assert lowrank.rank(torch.full((5,), 0.1), 1.0) == 5 and lowrank.rank(torch.zeros(3), 0.9) == 0
+    u, v = normal(12, 2), normal(2, 3, 5, seed=1).flatten(1)
+    like = {"conv": (u @ v).reshape(12, 3, 5), "bias": normal(12, seed=2), "count": torch.tensor(3)}
+    small = lowrank.compress(like, 0.999999)
+    assert small["conv/s"].shape == (2,) and small["conv/u"].shape == (12, 2)
+    for sent in (small, lowrank.compress(like, None)):
+        assert all(torch.allclose(t, like[n]) for n, t in lowrank.expand(sent, like).items())
+    rough = lowrank.expand(lowrank.compress(like, 0.3), like)["conv"]
+    assert 0 < (rough - like["conv"]).square().sum() <= 0.7 * like["conv"].square().sum() + 1e-9
+
+
+def test_fedkd_keeps_every_device_at_the_servers_student_whatever_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[tuple[int, dict[str, Tensor]]] = []
+    original = FedKD.plan
+
+    def spy(self: FedKD, heard: Heard) -> object:
+        held.append((heard.round, own(heard.memory)))
+        return original(self, heard)
+
+    monkeypatch.setattr(FedKD, "plan", spy)
+    rough = {"population": {"participation": 0.6, "dropout": 0.2, "late": 0.3, "minimum": 4}, "rounds": 10}
+    played = assemble(merged(merged(TINY, {"algorithm": "fedkd"}), rough))
+    students = {0: played.progress.state.models["student"][1]}
+    played.rounds.play(played.progress, lambda p, _: students.update({p.state.round: p.state.models["student"][1]}))
+    assert len(held) > 20
+    for round, mine in held:
+        assert all(torch.allclose(t, students[round][n], atol=1e-12) for n, t in mine.items())
+
+
+def test_fedkd_sends_fewer_bytes_than_fml() -> None:
+    raw = merged(TINY, {"models": {"student": "mlp(hidden=[64, 64])", "devices": ["logreg"]}, "rounds": 3})
+    small, whole = (play({**raw, "algorithm": name}).progress for name in ("fedkd", "fml"))
+    assert small.bytes_up < 0.8 * whole.bytes_up and FedKD(ramp=4).energy(2) == pytest.approx(0.965)
+
+
+# ---- a large model on the server --------------------------------------------------------------------------------------
+def test_feded_softens_predictions_and_scales_by_the_square_of_the_temperature() -> None:
+    net, x, teacher = direct(), normal(3, C), normal(3, C, seed=4).softmax(-1)
+    method = FedED(temperature=3.0, hard=0.25)
+    sent = method.answer(net, View(private=None, public=x, classes=C), heard(Nothing()))
+    assert torch.allclose(sent.tensors()["labels"], (net(x) / 3).softmax(-1))
+    soft = 9 * divergence(teacher.log(), net(x) / 3).mean()
+    told = SoftLabels(labels=teacher)
+    assert torch.allclose(method.server_loss(net, batch(x), told), soft)
+    hard = F.cross_entropy(net(x), torch.tensor([0, 1, 2]))
+    assert torch.allclose(method.server_loss(net, batch(x, [0, 1, 2]), told), 0.75 * soft + 0.25 * hard)
+
+
+def test_fedgems_hears_only_devices_that_are_right_and_the_certain_ones_more() -> None:
+    class Labelled:
+        asked, classes = np.arange(3), C
+
+        def labels(self, indices: np.ndarray) -> Tensor:
+            return torch.tensor([0, 1, 2])
+
+    z = torch.zeros(3, 3, C).double()
+    z[0, :, 0], z[1, :, 0], z[2, :, 1] = 1.0, 3.0, 9.0  # devices 0 and 1 say class 0, device 2 says class 1
+    found = FedGEMS().aggregate(collect([Logits(logits=t) for t in z]), server(), Labelled()).tensors()
+    assert found["known/chosen"].tolist() == [1, 1, 0]
+    p = z[:2, 0].softmax(-1)
+    weight = (1 / -(p * p.log()).sum(-1)).softmax(0)
+    assert torch.allclose(found["labels/labels"][0], weight @ p)
+    assert torch.allclose(found["labels/labels"][1], z[2, 1].softmax(-1))
+
+
+def test_fedgems_remembers_its_own_logits_of_samples_it_once_had_right() -> None:
+    raw = merged(TINY, {"algorithm": {"name": "fedgems", "soft": 0.0}, "proxy": {"labelled": True}, "rounds": 4})
+    played = assemble(merged(raw, {"server": {"epochs": 30, "optimizer": {"lr": 0.1}}}))
+    memories: list[dict[str, Tensor]] = []
+    played.rounds.play(played.progress, lambda p, _: memories.append(dict(p.state.memory)))
+    right = [m["right"] for m in memories]
+    assert right[-1].sum() > right[0].sum()
+    assert all(bool((later | ~earlier).all()) for earlier, later in pairwise(right))
+    labels = Tools(played.site, 4, np.arange(16)).labels(np.arange(16))
+    last = memories[-1]
+    assert torch.equal(last["logits"][last["right"]].argmax(-1), labels[last["right"]])
+
+
+def test_fedet_hears_certain_models_more_and_dissenters_besides() -> None:
+    z = torch.tensor([[[4.0, 0, 0]], [[0, 1.0, 0]], [[0, 0, 2.0]]]).double()  # [K, N, C]
+    said, apart, dissent = consensus(z, torch.ones(3).double())
+    var = z.var(-1, correction=0)
+    assert torch.allclose(said, (var[:, :, None] * z).sum(0) / var.sum(0)[:, None])
+    assert said.argmax(-1).tolist() == [0] and dissent.tolist() == [True]
+    assert torch.allclose(apart, (var[1:, :, None] * z[1:]).sum(0) / var[1:].sum(0)[:, None])
+    assert consensus(z[:1], torch.ones(1).double())[2].tolist() == [False]
+
+
+def test_fedet_devices_take_over_the_head_of_the_large_model() -> None:
+    devices = {"models": {"student": "mlp(hidden=[32, 16])", "devices": [MLP, "mlp(hidden=[8, 16])"]}}
+    played = play(merged(merged(TINY, devices), {"algorithm": "fedet", "rounds": 1}))
+    state = played.progress.state
+    for card in played.site.cards[:2]:
+        told = FedET().broadcast(state, card).tensors()
+        assert torch.equal(told["head.weight"], state.models["student"][1]["head.weight"])
+
+
+# ---- FedKT ----------------------------------------------------------------------------------------------------------
+def test_fedkt_deals_each_partition_into_disjoint_subsets_of_like_size() -> None:
+    method = FedKT(partitions=2, subsets=5)
+    places = torch.stack([method.subset(torch.arange(5000), i) for i in range(2)])
+    counts = torch.stack([torch.bincount(p, minlength=5) for p in places])
+    assert counts.min() > 900 and counts.max() < 1100
+    assert 0.1 < (places[0] == places[1]).double().mean() < 0.3
+    assert len(method.roles) == 12 and set(method.students()) < set(method.roles)
+
+
+def test_fedkt_counts_a_party_only_where_all_its_students_agree() -> None:
+    class Says:
+        """A model's logits are its weights."""
+
+        asked, classes, dtype = np.arange(3), C, torch.float64
+
+        def logits(self, models: list[tuple[str, dict[str, Tensor]]], _: np.ndarray) -> list[Tensor]:
+            return [weights["z"] for _, weights in models]
+
+    def party(*votes: list[int]) -> Bundle:
+        hot = [F.one_hot(torch.tensor(v), C).double() for v in votes]
+        return Bundle(parts={f"student {i}": Weights.from_tensors({"z": z}) for i, z in enumerate(hot)})
+
+    sent = [party([0, 1, 2], [0, 1, 3]), party([3, 1, 0], [0, 1, 2]), party([0, 2, 1], [1, 2, 0])]
+    found = FedKT(partitions=2).aggregate(collect(sent), server(), Says()).tensors()  # type: ignore[arg-type]
+    assert found["agreed/chosen"].tolist() == [1, 1, 0]
+    assert found["label/votes"].tolist()[:2] == [0, 1]  # two parties say 1 of the second sample, one says 2
+
+
+def test_fedkt_students_learn_the_majority_of_their_own_partition() -> None:
+    class Crowd:
+        def __getitem__(self, role: str) -> object:
+            shift = {"teacher 0 0": 1, "teacher 0 1": 1, "teacher 0 2": 2, "student 0": 0}[role]
+            return lambda batch: 5.0 * F.one_hot((batch.index + shift) % C, C).double()
+
+    x = normal(4, C)
+    got = FedKT(partitions=1, subsets=3).public_loss(Crowd(), batch(x), heard(Nothing()))  # type: ignore[arg-type]
+    logits = 5.0 * F.one_hot(torch.arange(4) % C, C).double()
+    assert torch.allclose(got, F.cross_entropy(logits, (torch.arange(4) + 1) % C))
+
+
+# ---- FedAUX ---------------------------------------------------------------------------------------------------------
+def test_the_scorer_is_at_the_optimum_of_its_regularised_loss() -> None:
+    h, y = F.normalize(normal(30, 5), dim=1), torch.where(normal(30, seed=1) > 0, 1.0, -1.0).double()
+    weight = torch.full((30,), 1 / 30).double()
+    w = logistic(h, y, weight, 0.05).requires_grad_(True)
+    loss = (weight * F.softplus(-y * (h @ w))).sum() + 0.025 * w.square().sum()
+    assert torch.autograd.grad(loss, w)[0].abs().max() < 1e-10
+
+
+def test_fedaux_scores_own_records_higher_and_ignores_padding() -> None:
+    own, other = 1 + 0.3 * normal(10, C), -1 + 0.3 * normal(10, C, seed=1)
+
+    class Net(Direct):
+        def __getitem__(self, role: str) -> Direct:
+            return self
+
+        weights: dict[str, Tensor] = {}  # noqa: RUF012
+
+    def scorer(records: Tensor, weight: Tensor) -> Tensor:
+        given = Batch(x=records, y=torch.zeros(len(records), dtype=torch.int64), index=torch.arange(4), weight=weight)
+        view = View(private=given, public=other, classes=C)
+        return FedAUX(negatives=0.5).answer(Net(normal(C, C)), view, heard(Nothing())).tensors()["scorer/w"]  # type: ignore[arg-type]
+
+    w = scorer(own, torch.full((10,), 0.1).double())
+    assert (own @ w).min() > 0 > (other @ w).max()
+    padded = scorer(torch.cat([own, 9 * other]), torch.cat([torch.full((10,), 0.1), torch.zeros(10)]).double())
+    assert torch.allclose(padded, w)
+
+
+def test_fedaux_sends_the_extractor_once_to_each_device() -> None:
+    raw = merged(TINY, {"algorithm": "fedaux", "rounds": 4, "population": {"participation": 0.5}})
+    played, tap = tapped(raw)
+    first: dict[int, int] = {}
+    for request in tap.requests:
+        if len(played.site.private(request.client)):
+            first.setdefault(request.client, request.round)
+    sizes = {r.client: [q.bytes for q in tap.requests if q.client == r.client] for r in tap.requests}
+    again = [s for k, s in sizes.items() if k in first and len(s) > 1]
+    assert again and all(max(s[1:]) < 0.6 * s[0] for s in again)
+
+
+# ---- features, class means and single records ---------------------------------------------------------------------------
+def test_fedgkt_teaches_each_device_by_the_servers_net_on_that_devices_records() -> None:
+    raw = merged(TINY, {"algorithm": {"name": "fedgkt", "epochs": 40, "width": 16, "lr": 0.02}, "rounds": 1})
+    played, tap = tapped(raw)
+    method, state = played.site.method, played.progress.state
+    net = method.net(16, 10).double()
+    net.load_state_dict(dict(state.memory))
+    wrong = total = 0
+    for k, (sent, _) in tap.uploads(0).items():
+        told = method.broadcast(state, played.site.cards[k]).tensors()["logits"]
+        assert torch.allclose(told, net(sent.tensors()["features"]))
+        labels = played.site.private(k).all()[1]
+        wrong, total = wrong + int((told.argmax(-1) != labels).sum()), total + len(labels)
+    assert wrong < 0.6 * total
+    assert isinstance(method.broadcast(state, Card(id=99, architecture="mlp")), Nothing)
+
+
+def test_fedgkt_loss_is_cross_entropy_and_a_divergence_at_its_temperature() -> None:
+    z, y, t = normal(3, C), torch.tensor([0, 1, 3]), normal(3, C, seed=2)
+    got = FedGKT(alpha=0.5, temperature=2.0).teach(z, y, t)
+    assert torch.allclose(got, F.cross_entropy(z, y, reduction="none") + 0.5 * 4 * divergence(t / 2, z / 2))
+
+
+def test_fedhkd_pulls_to_class_means_of_features_and_of_predictions() -> None:
+    net, x, y = direct(), normal(3, C), [0, 2, 3]
+    means, soft = normal(C, C, seed=5), normal(C, C, seed=6).softmax(-1)
+    counts = torch.tensor([4.0, 0.0, 1.0, 0.0]).double()
+    told = Bundle(parts={"means": Prototypes(means=means, counts=counts), "soft": SoftLabels(labels=soft)})
+    got = FedHKD(prediction=0.3, feature=0.7, temperature=2.0).private_loss(net, batch(x, y), heard(told))
+    near = ((x[0] - means[0]).norm() + (x[1] - means[2]).norm()) / 3
+    apart = ((net.head(means) / 2).softmax(-1) - soft)[[0, 2]].norm(dim=1).mean()
+    assert torch.allclose(got, F.cross_entropy(net(x), torch.tensor(y)) + 0.7 * near + 0.3 * apart, atol=1e-6)
+
+
+def test_fedhkd_tells_only_of_classes_that_make_up_the_least_share() -> None:
+    class Net(Direct):
+        weights: dict[str, Tensor] = {}  # noqa: RUF012
+
+    x, y = normal(8, C), [0] * 5 + [1] * 2 + [3]
+    net = Net(normal(C, C, seed=9))
+    sent = FedHKD(least=0.25).answer(net, View(private=batch(x, y), public=None, classes=C), heard(Nothing())).tensors()  # type: ignore[arg-type]
+    assert sent["means/counts"].tolist() == [5, 2, 0, 0]
+    assert torch.allclose(sent["means/means"][1], x[5:7].mean(0)) and sent["means/means"][3].abs().sum() == 0
+    assert torch.allclose(sent["soft/labels"][0], (net(x[:5]) / 0.5).softmax(-1).mean(0))
+    assert torch.allclose(sent["soft/labels"][3], torch.full((C,), 0.25).double())
+
+
+def test_fedcache_looks_up_the_nearest_of_one_label_on_other_devices() -> None:
+    hashes, labels, owners = normal(12, 3), torch.tensor([0, 0, 0, 1] * 3), torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
+    found = neighbours(hashes, labels, owners, 2)
+    unit = F.normalize(hashes, dim=1)
+    for i, near in enumerate(found):
+        others = [j for j in range(12) if labels[j] == labels[i] and owners[j] != owners[i]]
+        assert near.tolist() == sorted(others, key=lambda j: -float(unit[i] @ unit[j]))[:2]
+    assert len(neighbours(hashes[:4], labels[:4], owners[:4], 2)[0]) == 0
+
+
+def test_fedcache_sends_hashes_and_labels_once_and_learns_the_mean_of_its_like() -> None:
+    _, tap = tapped(merged(TINY, {"algorithm": "fedcache", "rounds": 2}))
+    first, second = (tap.uploads(r) for r in range(2))
+    assert all(len(p.tensors()["labels"]) for p, _ in first.values())
+    assert all(not len(p.tensors()["labels"]) and len(p.tensors()["logits"]) for p, _ in second.values())
+    net, x, y = direct(), normal(2, C), [0, 1]
+    told = Bundle(
+        parts={
+            "known": Chosen(chosen=torch.tensor([1.0, 0.0]).double()),
+            "logits": Logits(logits=normal(2, C, seed=3)),
+        }
+    )
+    got = FedCache(beta=1.5).private_loss(net, batch(x, y), heard(told))
+    soft = divergence(told.tensors()["logits/logits"], net(x))[0] / 2
+    assert torch.allclose(got, F.cross_entropy(net(x), torch.tensor(y)) + 1.5 * soft)
+
+
+def test_cfd_can_restart_the_servers_net_too() -> None:
+    off = {"server": {"epochs": 0}, "rounds": 2}
+    kept, anew = (
+        play(merged(merged(TINY, off), {"algorithm": {"name": "cfd", "server_restart": r}})) for r in (False, True)
+    )
+    start = kept.rounds.begin().state.models["student"][1]["head.weight"]
+    assert torch.equal(kept.progress.state.models["student"][1]["head.weight"], start)
+    assert not torch.allclose(anew.progress.state.models["student"][1]["head.weight"], start)
