@@ -88,6 +88,10 @@ class Maker(ABC):
         The student is in evaluation mode, and its parameters carry no gradient: what is made may oppose it.
         """
 
+    def student_steps(self) -> int:
+        """Return how many steps the student takes before the next ``make``."""
+        return self.settings.student_steps
+
     def loss(self, student: nn.Module, batch_size: int) -> Tensor:
         """Return the student's loss on one batch. By default: inputs of the pool, and the method's student loss."""
         x = self.pool.draw(batch_size)

@@ -14,7 +14,12 @@ from fedkd.distill.datafree.base import Synthesizer
 from fedkd.errors import ConfigError
 
 METHODS: Mapping[str, str] = {
+    "dafl": "fedkd.distill.datafree.dafl:DAFL",
     "dfad": "fedkd.distill.datafree.dfad:DFAD",
+    "zskt": "fedkd.distill.datafree.zskt:ZSKT",
+    "deepinversion": "fedkd.distill.datafree.deepinversion:DeepInversion",
+    "cmi": "fedkd.distill.datafree.cmi:CMI",
+    "fast": "fedkd.distill.datafree.fast:FastDatafree",
     "noise": "fedkd.distill.datafree.noise:Noise",
 }
 

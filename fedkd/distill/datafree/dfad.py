@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.distill.datafree.base import Form, Maker, Synthesizer
-from fedkd.distill.datafree.generators import generator
 from fedkd.distill.datafree.guides import Guide
+from fedkd.distill.datafree.makers import GeneratorMaker
 from fedkd.distill.datafree.pool import Pool
 from fedkd.distill.distiller import Fit
 from fedkd.losses import absolute_error
@@ -46,36 +46,28 @@ class DFAD(Synthesizer):
     noise: int = 100  # width of z
     width: int = 64  # of the generator
     generator_lr: float = 1e-3
+    anneal: bool = False  # lower the generator's rate to 0 by a cosine
 
     def start(self, guide: Guide, form: Form, pool: Pool) -> Maker:
         self.check(guide)
-        return _Adversary(self, guide, form, pool)
+        return _Adversary(
+            self, guide, form, pool, noise=self.noise, width=self.width, lr=self.generator_lr, anneal=self.anneal
+        )
 
     def student_loss(self, said: Tensor, told: Tensor) -> Tensor:
         return absolute_error(said, told).mean()
 
 
-class _Adversary(Maker):
+class _Adversary(GeneratorMaker):
     settings: DFAD
 
-    def __init__(self, settings: DFAD, guide: Guide, form: Form, pool: Pool) -> None:
-        super().__init__(settings, guide, form, pool)
-        self.generator = generator(form, settings.noise, settings.width)
-        optimizer = torch.optim.Adam(self.generator.parameters(), settings.generator_lr)
-        self.modules, self.optimizers = {"generator": self.generator}, {"generator": optimizer}
-
     def make(self, student: nn.Module) -> Tensor:
-        x = self.generator(torch.randn(self.settings.batch_size, self.settings.noise))
-        loss = -self.settings.student_loss(student(x), self.guide(x))
-        optimizer = self.optimizers["generator"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        made: Tensor = x.detach()
-        return made
+        x: Tensor = self.generator(self.z())
+        self.learn(-self.settings.student_loss(student(x), self.guide(x)))
+        return x.detach()
 
     def loss(self, student: nn.Module, batch_size: int) -> Tensor:
         with torch.no_grad():
-            x = self.generator(torch.randn(batch_size, self.settings.noise))
+            x = self.generator(self.z(batch_size))
             told = self.guide(x)
         return self.settings.student_loss(student(x), told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.distill.datafree.statistics import Statistics, norm_layers
+from fedkd.distill.taps import Taps
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, Teacher
 from fedkd.errors import ConfigError
 
@@ -29,6 +31,21 @@ class Guide(ABC):
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """Return class scores [B, C]."""
+
+    def layers(self, x: Tensor, paths: Sequence[str]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Return class scores [B, C], and for every model what its layers at ``paths`` gave [B, ...].
+
+        Raises:
+            ConfigError: there are no layers to look at, or no such ones.
+        """
+        if paths:
+            raise ConfigError(f"this teacher only answers, so that its layers ({', '.join(paths)}) cannot be read")
+        return self(x), []
+
+    def read(self, x: Tensor, path: str) -> tuple[Tensor, Tensor]:
+        """Return class scores [B, C], and the features of the layer ``path``, all models side by side [B, D]."""
+        told, found = self.layers(x, [path])
+        return told, torch.cat([each[path].flatten(1) for each in found], 1)
 
     def to(self, device: str) -> None:
         """Bring the models behind it to a device; one that only answers stays where it is."""
@@ -86,6 +103,11 @@ class ModelsGuide(Guide):
             found: Tensor = self.models[0](x)
             return found * self.weights[0].to(found) if float(self.weights[0]) != 1.0 else found
         return self.mix(self.each(x))
+
+    def layers(self, x: Tensor, paths: Sequence[str]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        with contextlib.ExitStack() as stack:
+            taps = [stack.enter_context(Taps(model, paths)) for model in self.models]
+            return self(x), [t.all() for t in taps]
 
     def mix(self, logits: Tensor) -> Tensor:
         """Return the weighted mean [B, C] of logits [K, B, C]."""

@@ -96,7 +96,7 @@ class DataFree:
             if not self.method.streams or make == makes - 1:
                 self.pool.add(made)
             self.student.train()
-            for _ in range(self.method.student_steps):
+            for _ in range(self.maker.student_steps()):
                 loss = self.maker.loss(self.student, self.how.batch_size)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

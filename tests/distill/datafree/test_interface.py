@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedkd.distill.datafree import (
+    METHODS,
     AnswersGuide,
     DataFree,
     Form,
@@ -122,21 +123,31 @@ def test_the_pool_drops_the_oldest_and_is_read_as_unlabelled_inputs(tmp_path: Pa
     assert torch.equal(back.x(np.arange(5)), pool.x)
 
 
-@pytest.mark.parametrize("method", ["dfad", "noise"])
+SMALL = {
+    "noise": {"makes_per_epoch": 2},
+    "dfad": {"makes_per_epoch": 2, "width": 4, "noise": 6, "anneal": True},
+    "dafl": {"makes_per_epoch": 2, "width": 4, "noise": 6, "student_steps": 1},
+    "zskt": {"makes_per_epoch": 2, "width": 4, "noise": 6, "layers": ["body.2"]},
+    "deepinversion": {"steps": 3},
+    "cmi": {"steps": 3, "width": 4, "noise": 6, "head": 5, "bank": 12, "others": 6},
+    "fast": {"steps": 2, "width": 4, "noise": 6, "warmup": 0.3},
+}
+
+
+def test_every_method_is_tried_here() -> None:
+    assert set(SMALL) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", SMALL)
 def test_a_method_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
     def work(epochs: int) -> DataFree:
         torch.manual_seed(0)
-        teacher, student = mlp(FORM.shape, 3, hidden=(8,)), mlp(FORM.shape, 3, hidden=(4,), dropout=0.2)
-        small = {"batch_size": 8, "makes_per_epoch": 2, "student_steps": 2}
-        if method != "noise":
-            small |= {"width": 4, "noise": 6}
-        return DataFree(
-            student,
-            ModelsGuide([teacher]),
-            build({"name": method, **small}),
-            FORM,
-            fit=Fit(epochs=epochs, batch_size=8),
-        )
+        teacher = cnn(FORM.shape, 3, channels=(2, 4), features=5)
+        student = cnn(FORM.shape, 3, channels=(2,), features=4)
+        student.head = nn.Sequential(nn.Dropout(0.2), student.head)  # type: ignore[arg-type]
+        settings = {"name": method, "batch_size": 8, "student_steps": 2, **SMALL[method]}
+        how = Fit(epochs=epochs, batch_size=8, lr=0.01)
+        return DataFree(student, ModelsGuide([teacher]), build(settings), FORM, fit=how)
 
     whole = work(4)
     whole.run(checkpoint=tmp_path / "whole")

@@ -1,0 +1,75 @@
+"""What makers share: a generator with its optimiser, and the best batch of an inversion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedkd.distill.datafree.base import Form, Maker, Synthesizer
+from fedkd.distill.datafree.generators import generator
+from fedkd.distill.datafree.guides import Guide
+from fedkd.distill.datafree.pool import Pool
+
+
+class GeneratorMaker(Maker):
+    """A maker with one generator that learns by Adam.
+
+    Args:
+        noise: width Z of z.
+        width: of the generator.
+        lr, betas: of Adam.
+        anneal: lower the rate to 0 by a cosine over the training.
+    """
+
+    def __init__(
+        self,
+        settings: Synthesizer,
+        guide: Guide,
+        form: Form,
+        pool: Pool,
+        *,
+        noise: int,
+        width: int,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        anneal: bool = False,
+    ) -> None:
+        super().__init__(settings, guide, form, pool)
+        self.noise, self.lr, self.anneal = noise, lr, anneal
+        self.generator = generator(form, noise, width)
+        self.modules = {"generator": self.generator}
+        self.optimizers = {"generator": torch.optim.Adam(self.generator.parameters(), lr, betas)}
+
+    def z(self, count: int | None = None) -> Tensor:
+        """Return fresh noise [B, Z]; by default the method's own batch."""
+        return torch.randn(count or self.settings.batch_size, self.noise)
+
+    def learn(self, loss: Tensor) -> None:
+        """Take one step of the generator down ``loss``."""
+        optimizer = self.optimizers["generator"]
+        if self.anneal:
+            rate = self.lr * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * self.progress))))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+class Best:
+    """Remembers the inputs of the least loss."""
+
+    def __init__(self) -> None:
+        self.loss = float("inf")
+        self.kept: tuple[Tensor, ...] = ()
+
+    def see(self, loss: Tensor, *tensors: Tensor) -> None:
+        """Keep ``tensors`` if ``loss`` is the least so far, or the first."""
+        value = float(loss.detach())
+        if not self.kept or value < self.loss:
+            self.loss, self.kept = value, tuple(t.detach().clone() for t in tensors)
+
+
+def labels(count: int, classes: int) -> Tensor:
+    """Return ``count`` random classes [B]."""
+    return torch.randint(classes, (count,))
