@@ -146,7 +146,12 @@ class PartitionConfig(_Section):
 class ProxyConfig(_Section):
     """The public inputs that every device answers."""
 
-    kind: Literal["holdout", "dataset", "noise", "mixup"] = "holdout"
+    kind: Literal["holdout", "dataset", "noise", "mixup", "npz"] = "holdout"
+    path: Path | None = Field(
+        None,
+        description="npz: a file with inputs `x` [N, *shape] as models take them, such as the pool.npz of "
+        "`fedkd distill method=...`; `size` of them are taken.",
+    )
     size: int = Field(500, ge=1, description="Number of public inputs.")
     data: DataConfig | None = Field(None, description="dataset: the other source; mixup: the public base.")
     labelled: bool = Field(False, description="Keep the public labels, as FedMD needs; else they are dropped.")
@@ -163,9 +168,11 @@ class ProxyConfig(_Section):
     def _possible(self) -> Self:
         if self.kind == "dataset" and self.data is None:
             raise ConfigError("proxy.kind `dataset` needs proxy.data, the section that names the public source")
+        if (self.kind == "npz") != (self.path is not None):
+            raise ConfigError("proxy.path goes with proxy.kind `npz`, the file of inputs to read, and with no other")
         if self.data is not None and self.data.augment.active:
             raise ConfigError("proxy.data.augment: proxy samples are the same for everybody and are never augmented")
-        if self.labelled and self.kind in ("noise", "mixup"):
+        if self.labelled and self.kind in ("noise", "mixup", "npz"):
             raise ConfigError(f"proxy.kind `{self.kind}` has no true labels: drop proxy.labelled or use `dataset`")
         if not self.low < self.high:
             raise ConfigError(f"proxy.low must be below proxy.high, but {self.low} and {self.high} came")

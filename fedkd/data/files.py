@@ -4,8 +4,12 @@ import hashlib
 import os
 import tempfile
 import urllib.request
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedkd.errors import DataError
 
@@ -47,6 +51,27 @@ def required(path: Path | None, source: str) -> Path:
             f"folder that holds `{source}`"
         )
     return found
+
+
+def read_inputs(path: Path) -> NDArray[np.generic]:
+    """Inputs `x` uint8 or float32 [N, *shape] of an .npz file, without labels.
+
+    Raises DataError if there is no such array, or if it holds anything but uint8 or finite real numbers.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x: NDArray[np.generic] = file["x"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as cause:
+        raise DataError(f"{path} has no array `x` that can be read: {cause}") from cause
+    if x.ndim < 2:
+        raise DataError(f"{path}: x must be [N, *shape], but {x.shape} came")
+    if x.dtype != np.uint8:
+        if not np.issubdtype(x.dtype, np.floating):
+            raise DataError(f"{path}: x must be uint8 or real numbers, but {x.dtype} came")
+        x = x.astype(np.float32)
+        if not np.isfinite(x).all():
+            raise DataError(f"{path}: x holds NaN or infinity")
+    return x
 
 
 def digest(path: Path, algorithm: str) -> str:

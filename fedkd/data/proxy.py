@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedkd.data.config import ProxyConfig
 from fedkd.data.dataset import Dataset, Index, Split
+from fedkd.data.files import locate, read_inputs
 from fedkd.data.scaling import Standardiser, to_inputs
 from fedkd.data.seeds import stream
 from fedkd.data.sources import load
@@ -150,6 +151,8 @@ def build_proxy(config: ProxyConfig, split: Split, seed: int) -> tuple[Split, Pr
       alpha) (Zhang et al., mixup, ICLR 2018, https://arxiv.org/abs/1710.09412). The base is `data` or,
       without it, `base_size` records that leave the train set, because a mixture of private records would
       show them.
+    - `npz`: `size` random inputs of a file, such as a pool that was made from a teacher alone. They are taken as
+      models take them, without any scaling.
 
     Call it before `partition`. Raises DataError for a set larger than the data, of another input shape, or
     (when labelled) of another number of classes. Warns (DataWarning)
@@ -166,6 +169,8 @@ def build_proxy(config: ProxyConfig, split: Split, seed: int) -> tuple[Split, Pr
         else:
             train, base = _hold_out(train, config.base_size or max(2, config.size), "proxy.base_size", rng)
         x = _mixup(config, base.x, rng)
+    elif config.kind == "npz":
+        return replace(split, train=train), ProxySet(_from_file(config, train, rng), None, "npz")
     elif config.kind == "dataset":
         other = _other(config, train, seed)
         if config.size > len(other):
@@ -231,6 +236,17 @@ def _other(config: ProxyConfig, train: Dataset, seed: int) -> Dataset:
             "drop proxy.labelled or choose another set"
         )
     return other
+
+
+def _from_file(config: ProxyConfig, train: Dataset, rng: np.random.Generator) -> NDArray[np.generic]:
+    if config.path is None:
+        raise DataError("proxy.path is missing: name the file of inputs")
+    x = read_inputs(locate(config.path, "npz"))
+    if x.shape[1:] != train.shape:
+        raise DataError(f"{config.path} holds inputs of shape {x.shape[1:]}, but {train.name} has {train.shape}")
+    if config.size > len(x):
+        raise DataError(f"proxy.size is {config.size}, but {config.path} holds {len(x)} inputs: lower it")
+    return x[np.sort(rng.choice(len(x), size=config.size, replace=False))]
 
 
 def _noise(config: ProxyConfig, train: Dataset, rng: np.random.Generator) -> NDArray[np.generic]:

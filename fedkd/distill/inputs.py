@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedkd.data.files import read_inputs
 from fedkd.distill.cache import data_identity
 from fedkd.distill.distiller import Records
 from fedkd.errors import ConfigError, DataError
@@ -29,7 +30,7 @@ def unlabelled(path: Path, shape: tuple[int, ...] | None) -> Records:
     if path.is_dir():
         x: NDArray[np.generic] = _images(path, shape)
     elif path.suffix.lower() == ".npz" and path.is_file():
-        x = _array(path)
+        x = read_inputs(path)
     else:
         raise ConfigError(f"{path} is neither a source of data, nor a folder of images, nor an .npz file")
     if shape is not None and x.shape[1:] != tuple(shape):
@@ -42,21 +43,6 @@ def unlabelled(path: Path, shape: tuple[int, ...] | None) -> Records:
         return torch.from_numpy(part / np.float32(255) if x.dtype == np.uint8 else part)
 
     return Records(size=len(x), x=take, identity=data_identity([x]))
-
-
-def _array(path: Path) -> NDArray[np.generic]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            x: NDArray[np.generic] = file["x"]
-    except (OSError, ValueError, KeyError) as cause:
-        raise DataError(f"{path} has no array `x` that can be read: {cause}") from cause
-    if x.dtype != np.uint8:
-        if not np.issubdtype(x.dtype, np.floating):
-            raise DataError(f"{path}: x must be uint8 or real numbers, but {x.dtype} came")
-        x = x.astype(np.float32)
-        if not np.isfinite(x).all():
-            raise DataError(f"{path}: x holds NaN or infinity")
-    return x
 
 
 def _images(folder: Path, shape: tuple[int, ...] | None) -> NDArray[np.generic]:

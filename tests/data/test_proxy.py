@@ -96,6 +96,31 @@ class TestOthers:
         with pytest.warns(DataWarning, match=r"20 private training records are also in the public"):
             build_proxy(ProxyConfig(kind="dataset", data=DataConfig(), size=20), digits, seed=0)
 
+    def test_a_file_of_inputs_is_taken_as_it_is(self, digits, tmp_path):
+        x = np.random.default_rng(0).normal(size=(40, 1, 8, 8)).astype(np.float32)
+        np.savez(tmp_path / "pool.npz", x=x, logits=np.zeros((40, 10)))
+        split, proxy = build_proxy(ProxyConfig(kind="npz", path=tmp_path / "pool.npz", size=30), digits, seed=1)
+        assert split.train is digits.train and proxy.y is None and len(proxy) == 30
+        assert rows(proxy.inputs()) < rows(x) and len(rows(proxy.x)) == 30
+        scaled = Split(digits.train.scaled_by(Standardiser.constants((0.5,), (2.0,), (1, 8, 8))), digits.test)
+        again = build_proxy(ProxyConfig(kind="npz", path=tmp_path / "pool.npz", size=30), scaled, seed=1)[1]
+        assert rows(again.inputs()) == rows(proxy.x)
+
+    def test_a_file_of_inputs_that_does_not_fit(self, digits, tmp_path):
+        for name, x, says in (
+            ("shape", np.zeros((9, 1, 4, 4), np.float32), "holds inputs of shape"),
+            ("few", np.zeros((9, 1, 8, 8), np.float32), "lower it"),
+            ("nan", np.full((9, 1, 8, 8), np.nan, np.float32), "NaN"),
+            ("text", np.array([["a"], ["b"]]), "real numbers"),
+            ("flat", np.zeros(9, np.float32), r"\[N, \*shape\]"),
+        ):
+            np.savez(tmp_path / f"{name}.npz", x=x)
+            with pytest.raises(DataError, match=says):
+                build_proxy(ProxyConfig(kind="npz", path=tmp_path / f"{name}.npz", size=30), digits, seed=1)
+        for wrong in ({"kind": "npz"}, {"kind": "noise", "path": tmp_path / "few.npz"}):
+            with pytest.raises(ValueError, match=r"proxy\.path goes with"):
+                ProxyConfig(**wrong)
+
     def test_noise_does_not_look_at_the_records(self, digits):
         _, proxy = build_proxy(ProxyConfig(kind="noise", size=60), digits, seed=0)
         blank = replace(digits.train, x=np.zeros_like(digits.train.x))
