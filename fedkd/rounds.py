@@ -38,6 +38,9 @@ from fedkd.virtual.world import NEVER, World
 
 log = logging.getLogger(__name__)
 
+MAX_WAITS = 20_000
+"""Arrivals that a round waits for in a row: devices that are never there together must not keep it for ever."""
+
 Agenda = list[tuple[float, int]]
 """A heap of (virtual second, client): when each flight comes to the end of its stage."""
 
@@ -278,11 +281,19 @@ class Rounds:
         agenda = [(flight.at, client) for client, flight in progress.flights.items()]
         heapq.heapify(agenda)
         world.there(progress.clock)
+        waits = 0
         while not self._full(open):
-            comes = self._fill(progress, open, world, agenda)
+            turns, comes = open.turns, self._fill(progress, open, world, agenda)
             moment = agenda[0][0] if agenda else NEVER
             following = min(moment, comes, open.deadline)
             if following == NEVER:
+                return
+            waits = waits + 1 if open.turns == turns and following == comes < moment else 0
+            if waits > MAX_WAITS:
+                open.failed = (
+                    f"{MAX_WAITS} devices came and went, but never were there as many at a time as a round needs "
+                    f"({self._needed}): lower population.minimum, or let devices stay longer (virtual.on_seconds)"
+                )
                 return
             # What happens while the server teaches waits for it.
             progress.clock = max(progress.clock, following)
@@ -298,7 +309,7 @@ class Rounds:
             if open.turns:
                 return NEVER
             room = math.ceil(self.wanted * (1 + self.population.over_selection))
-            needed = min(self.population.minimum, len(self.site.cards))
+            needed = self._needed
         if room <= 0:
             return NEVER
         idle = ~open.taken
@@ -312,6 +323,11 @@ class Rounds:
         for client in self._dispatch(progress, open, cohort):
             heapq.heappush(agenda, (progress.flights[client].at, client))
         return NEVER if len(cohort.asked) == room else world.comes(progress.clock, idle)
+
+    @property
+    def _needed(self) -> int:
+        """How many devices must be there before a synchronous round begins."""
+        return min(self.population.minimum, len(self.site.cards))
 
     def _full(self, open: Open) -> bool:
         """Tell whether a round need not wait any longer."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from harness import CLIENTS, CNN, CORE, MLP, NO_DATA, RESNET, Played, assemble, assert_same, finish, merged, play
 
+from fedkd import rounds as round_loop
 from fedkd import simulate
 from fedkd.algorithms.base import Algorithm, Answer, Card, ServerState
 from fedkd.algorithms.catalogue import METHODS, build, method_class
@@ -288,6 +289,20 @@ def test_when_nobody_comes_any_more_the_rounds_fail_and_end(tmp_path: Path) -> N
     records = play(raw, awkward=False).records
     assert [r["asked"] for r in records] == [8, 0] and all(r["failed"] for r in records)
     assert records[0]["dropped"] == 8
+
+
+def test_devices_that_are_never_there_together_do_not_keep_a_round_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(round_loop, "MAX_WAITS", 50)
+    turns = [f"1e9,1e7,1e7,{10 * k},{10 * k + 5}" for k in range(CLIENTS)]
+    more = {**PLAIN, "algorithm": "fedavg", "rounds": 2, "virtual": {"repeat_seconds": 80}}
+    raw = merged({**more, "population": {"minimum": 2}}, trace(tmp_path, *turns))
+    records = play(raw, awkward=False).records
+    assert [r["asked"] for r in records] == [0, 0] and "never were there as many" in records[0]["failed"]
+    assert "population.minimum" in records[0]["failed"] and "(2)" in records[0]["failed"]
+    (record, *_) = play(merged(raw, {"population": {"minimum": 1}}), awkward=False).records
+    assert record["answered"] == 1 and record["failed"] is None
 
 
 def test_who_leaves_at_work_keeps_its_old_state_and_who_leaves_while_sending_has_sent_a_part(tmp_path: Path) -> None:
