@@ -350,6 +350,14 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @needs_kernels
+def test_a_cache_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match=r"file/fedkd cannot be written .*XDG_CACHE_HOME"):
+        building.compiled("float")
+
+
+@needs_kernels
 def test_a_compiled_library_is_kept() -> None:
     path, fresh = building.compiled("double")
     again, anew = building.compiled("double")

@@ -96,9 +96,15 @@ def compiled(real: str) -> tuple[Path, bool]:
     path = folder / f"{name}-{real}.so"
     if path.exists():
         return path, False
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Several processes may compile at once: each into a file of its own, and the last rename wins.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Several processes may compile at once: each into a file of its own, and the last rename wins.
+        place = tempfile.TemporaryDirectory(dir=folder)
+    except OSError as cause:
+        raise RuntimeError(
+            f"{folder} cannot be written ({cause.strerror}): let XDG_CACHE_HOME name a folder that can"
+        ) from cause
+    with place as scratch:
         made = Path(scratch) / "nets.so"
         done = subprocess.run(
             [compiler, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=COMPILE_SECONDS
