@@ -7,6 +7,7 @@ frozen function that returns a scalar: see :class:`fedkd.losses.base.Loss`.
 from fedkd.losses.base import Loss, TrainedLoss
 from fedkd.losses.contrastive import CRD, InfoNCE
 from fedkd.losses.feature import AttentionTransfer, FitNet, ReviewKD
+from fedkd.losses.graph import ContextRanking, RepresentationSimilarity
 from fedkd.losses.relation import (
     CorrelationCongruence,
     ProbabilisticTransfer,
@@ -48,6 +49,8 @@ LOSSES: dict[str, type[Loss]] = {
     "cc": CorrelationCongruence,
     "crd": CRD,
     "infonce": InfoNCE,
+    "similarity": RepresentationSimilarity,
+    "context_ranking": ContextRanking,
 }
 """Losses by the short names that experiments use."""
 
@@ -59,6 +62,7 @@ __all__ = [
     "LOSSES",
     "AttentionTransfer",
     "BetaJensenShannon",
+    "ContextRanking",
     "CorrelationCongruence",
     "CrossEntropy",
     "FitNet",
@@ -69,6 +73,7 @@ __all__ = [
     "ProbabilisticTransfer",
     "RKDAngle",
     "RKDDistance",
+    "RepresentationSimilarity",
     "ReviewKD",
     "SimilarityPreserving",
     "TrainedLoss",

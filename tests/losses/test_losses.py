@@ -18,6 +18,7 @@ from fedkd.losses import (
     LOSSES,
     AttentionTransfer,
     BetaJensenShannon,
+    ContextRanking,
     CorrelationCongruence,
     CrossEntropy,
     FitNet,
@@ -26,6 +27,7 @@ from fedkd.losses import (
     LogitStandardisedKD,
     Loss,
     ProbabilisticTransfer,
+    RepresentationSimilarity,
     ReviewKD,
     RKDAngle,
     RKDDistance,
@@ -168,6 +170,20 @@ def f_nce(s: Rows, t: Rows, y: Rows) -> float:
     return float(np.mean(rows) + np.mean(columns)) / 2
 
 
+def f_inner(s: Rows, t: Rows, y: Rows) -> float:
+    return float(((s @ s.T - t @ t.T) ** 2).mean())
+
+
+def f_ranking(s: Rows, t: Rows, y: Rows) -> float:
+    values = []
+    for a, b in zip(s, t, strict=True):
+        for i in range(C):
+            for j in range(i + 1, C):
+                r = 1 if b[i] - b[j] > 0.1 else -1 if b[j] - b[i] > 0.1 else 0
+                values.append(max(0.0, -r * (a[i] - a[j]) + 0.1))
+    return float(np.mean(values))
+
+
 FORMULAS: list[tuple[Loss, Callable[[Rows, Rows, Rows], float]]] = [
     (CrossEntropy(), f_ce),
     (KD(), f_kd),
@@ -184,6 +200,8 @@ FORMULAS: list[tuple[Loss, Callable[[Rows, Rows, Rows], float]]] = [
     (CorrelationCongruence(), f_cc),
     (CorrelationCongruence(order=None), f_cc_exact),
     (InfoNCE(), f_nce),
+    (RepresentationSimilarity(), f_inner),
+    (ContextRanking(), f_ranking),
 ]
 RELATIONS: list[Loss] = [
     RKDDistance(),
