@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,10 @@ def distill(
         typer.Argument(help="An experiment (YAML file) and overrides: key=value; a comma list is a sweep."),
     ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")] = None,
+    assistants: Annotated[
+        str | None,
+        typer.Option(help="Nets between teacher and student: auto, or names with ; between them, from large to small."),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run in this folder.")] = None,
 ) -> None:
     """Teach a student by a teacher: a checkpoint, an ONNX file, or a model that is trained here first."""
@@ -38,11 +43,14 @@ def distill(
     folder = resume
     try:
         if resume is not None:
-            if words:
+            if words or assistants:
                 raise typer.BadParameter("--resume goes on with what the folder says; it takes no other words")
             tell(run.resume(resume, watch).summary, resume)
             return
         path, overrides = split(words)
+        if assistants is not None:
+            names = [n.strip() for n in assistants.split(";")]
+            overrides.append("assistants=" + ("auto" if names == ["auto"] else json.dumps(names)))
         points = load(path, overrides)
         root = to if to is not None else fresh_folder(Path("runs"), points[0][1].name)
         for varying, experiment in points:
@@ -64,6 +72,9 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
             count = size["student" if name == "alone" else name]
             said = "" if count is None else f"  ({count:,} parameters)"
             lines.append((name if name != "alone" else "student alone", f"{100 * accuracy[name]:.2f} %{said}"))
+    for helper in summary.get("assistants", ()):
+        said = "" if helper["accuracy"] is None else f"{100 * helper['accuracy']:.2f} %  "
+        lines.append(("assistant", f"{said}({helper['parameters']:,} parameters, {helper['model']})"))
     lines.append(("agreement", f"{100 * summary['agreement']:.2f} % of the training inputs, student and teacher"))
     lines += [("time", f"{summary['seconds']:.1f} s"), ("run", str(folder))]
     width = max(len(name) for name, _ in lines)

@@ -138,6 +138,11 @@ class DistillExperiment(Section):
     teacher: tuple[TeacherConfig, ...] = Field((TeacherConfig(model="mlp(hidden=[400, 400])"),), min_length=1)
     mix: Literal["probabilities", "logits"] = Field("probabilities", description="How several teachers become one.")
     student: str = "mlp(hidden=[32])"
+    assistants: Literal["auto"] | tuple[str, ...] = Field(
+        (),
+        description="Nets between teacher and student, from large to small, each taught by the one above it by the "
+        "terms on labels and logits; auto makes them up by size.",
+    )
     terms: tuple[TermConfig, ...] = Field(
         (), description="Addends of the loss; default: .1 ce + .9 kd, and kd alone where there are no labels."
     )
@@ -161,6 +166,11 @@ class DistillExperiment(Section):
             return {**rest, "data": {"source": raw["data"]}}
         return {**rest, "inputs": raw["data"]}
 
+    @field_validator("assistants", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and value != "auto" else value
+
     @field_validator("teacher", mode="before")
     @classmethod
     def _one(cls, value: Any) -> Any:
@@ -171,6 +181,8 @@ class DistillExperiment(Section):
     def _fits(self) -> DistillExperiment:
         if self.method is not None and (self.inputs is not None or self.terms or self.omit):
             raise ConfigError("`method` makes the inputs and brings its own loss: leave out inputs, terms and omit")
+        if self.method is not None and self.assistants:
+            raise ConfigError("`method` teaches the student alone: leave out assistants")
         if self.data is None and self.method is None and self.inputs is None:
             raise ConfigError("data=none leaves nothing to learn on: give method=dfad, or inputs=FOLDER")
         if self.data is None and any(t.path is None and t.url is None for t in self.teacher):

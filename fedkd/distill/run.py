@@ -15,6 +15,7 @@ from torch import nn
 
 from fedkd.data import load as load_data
 from fedkd.data.dataset import Dataset
+from fedkd.distill.assistants import between
 from fedkd.distill.cache import data_identity
 from fedkd.distill.config import DistillExperiment, FitConfig, TeacherConfig
 from fedkd.distill.distiller import FEED, Distiller, Epoch, Records, accuracy
@@ -23,7 +24,7 @@ from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, OnnxTeacher, 
 from fedkd.distill.terms import Term
 from fedkd.errors import ConfigError
 from fedkd.experiment import build, read_yaml
-from fedkd.losses import CrossEntropy
+from fedkd.losses import KD, CrossEntropy
 from fedkd.models import Architecture
 from fedkd.seeding import key
 from fedkd.simulate import git_revision, versions
@@ -31,7 +32,8 @@ from fedkd.storage import StorageError, pack_tensors, read_bundle, write_atomic,
 
 CONFIG, SUMMARY, STUDENT, POOL = "config.yaml", "summary.json", "student.safetensors", "pool.npz"
 Watch = Callable[[str, Epoch, int], None]
-"""Called after every epoch with the stage (``teacher 1``, ``student``, ``alone``), the epoch, and their number."""
+"""Called after every epoch with the stage (``teacher 1``, ``assistant 1``, ``student``, ``alone``), the epoch, and
+their number."""
 
 
 @dataclass(frozen=True)
@@ -152,19 +154,57 @@ class _Work:
         return Distilled(self.folder, summary)
 
     def _distil(self, teacher: Teacher) -> tuple[Records, list[Epoch], dict[str, Any]]:
-        """Teach on records, and return those, the log, and nothing to add to the summary."""
+        """Teach on records, through assistants if there are any; return records, log, and the summary's part."""
         experiment = self.experiment
         assert self.train is not None
+        cache = self.folder / "answers" if experiment.cache else None
+        helpers = []
+        for i, name in enumerate(self._assistants(teacher)):
+            teacher = self._assistant(i, name, teacher, cache)
+            helpers.append({"model": name, "parameters": _teacher_size([teacher]), "accuracy": self._accuracy(teacher)})
         distiller = Distiller(
             self.student,
             teacher,
             [t.term for t in experiment.chosen],
             fit=experiment.training.fit,
             seed=experiment.seed,
-            cache=self.folder / "answers" if experiment.cache else None,
+            cache=cache,
         )
         self._fit(distiller, self.train, "student", experiment.training)
-        return self.train, distiller.log, {}
+        return self.train, distiller.log, {"assistants": helpers}
+
+    def _assistants(self, teacher: Teacher) -> list[str]:
+        """Return the names of the nets between teacher and student, from large to small."""
+        wanted = self.experiment.assistants
+        if wanted != "auto":
+            return list(wanted)
+        size = _teacher_size([teacher])
+        if size is None:
+            raise ConfigError(
+                "assistants=auto needs one teacher whose size is known, a torch model: name the assistants"
+            )
+        named = self.experiment.teacher[0].model
+        return between(size if named is None else named, self.experiment.student, self.shape, self.classes)
+
+    def _assistant(self, place: int, name: str, teacher: Teacher, cache: Path | None) -> Teacher:
+        """Train one net of a chain by what its teacher answers; layers are compared at the student alone."""
+        assert self.train is not None
+        experiment, stage = self.experiment, f"assistant {place + 1}"
+        model = self._model(name, stage)
+        terms = [t.term for t in experiment.chosen if t.term.loss.reads != "features"]
+        if all(t.loss.reads == "labels" for t in terms):
+            terms.append(Term(KD(), 0.9 if terms else 1.0))
+        distiller = Distiller(
+            model,
+            teacher,
+            terms,
+            fit=experiment.training.fit,
+            seed=key(experiment.seed, stage) % 2**31,
+            cache=cache,
+        )
+        self._fit(distiller, self.train, stage, experiment.training)
+        self._keep(model, name, self.folder / f"assistant-{place + 1}.safetensors")
+        return ModuleTeacher(model, self.classes, self.shape)
 
     def _make(self, teacher: Teacher) -> tuple[Records, list[Epoch], dict[str, Any]]:
         """Teach on inputs that are made from the teacher, keep those, and return them, the log, and the summary's part."""

@@ -216,6 +216,18 @@ def resolve(name: str) -> Callable[[tuple[int, ...], int], Any]:
     return lambda shape, classes: factory(shape, classes, **options)
 
 
+def options_of(name: str) -> dict[str, Any]:
+    """Return the options that an architecture's name carries, as in ``mlp(hidden=[64])``.
+
+    Raises:
+        ConfigError: it is no such name.
+    """
+    match = _SPEC.match(name.strip())
+    if match is None:
+        raise ConfigError(f"model {name!r} is not a name, name(option=value) or package.module:Factory")
+    return _options(name, match["options"])
+
+
 def _options(name: str, text: str | None) -> dict[str, Any]:
     if not text or not text.strip():
         return {}
