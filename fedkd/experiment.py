@@ -175,7 +175,7 @@ class RunnerConfig(Section):
 
     kind: Literal["serial", "stacked", "flower"] = "stacked"
     block: int | None = Field(None, ge=1, description="Devices per stack; null chooses by the model's size.")
-    threads: int | None = Field(None, ge=1, description="Threads of torch; null leaves torch's choice.")
+    threads: int | None = Field(None, ge=1, description="Threads; null: one for torch, its own choice for kernels.")
     memory_gib: float = Field(
         2.0, ge=0, description="Memory for the states of devices, in GiB; beyond it they lie in memory-mapped files."
     )

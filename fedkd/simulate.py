@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 from fedkd.algorithms.base import ServerState
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.experiment import Experiment, read_yaml, validate
+from fedkd.kernels.jobs import AT_ONCE
 from fedkd.payloads import Payload, outline, rebuild
 from fedkd.privacy.build import open_ledger
 from fedkd.privacy.config import PrivacyConfig
-from fedkd.report.runfolder import read_json, sweep_points, write_sweep_summary
+from fedkd.report.runfolder import ACCURACIES, read_json, sweep_points, write_sweep_summary
 from fedkd.rounds import Progress, Rounds
 from fedkd.runners.base import LocalRunner, Only, Runner, make_engine
 from fedkd.shelves import ShelfStore
@@ -55,6 +56,8 @@ MAX_NAME = 120
 """Characters of a point's folder; file systems allow 255 bytes."""
 LOST = 0.2
 """A student that recognises fewer of a class's test records than this has as good as lost the class."""
+LEARNED = 0.5
+"""Median over classes of that share, below which a student has learned too little to have lost anything."""
 
 Watch = Callable[[Mapping[str, Any], int], None]
 """Called after every round with its record and the number of rounds wanted."""
@@ -112,9 +115,29 @@ def is_begun(folder: Path) -> bool:
 def _launch(site: Site, folder: Path, watch: Watch | None) -> Finished:
     """Run on the runner that the experiment names."""
     open_ledger(site, folder)
+    with _threads(site.experiment):
+        return _run(site, folder, watch)
+
+
+@contextlib.contextmanager
+def _threads(experiment: Experiment) -> Iterator[None]:
+    """Give torch ``runner.threads`` threads, or one: the threads of a small operation wait for one another.
+
+    On a busy machine two took ten times as long as one. Compiled kernels share out whole devices, which wait for nobody,
+    so that they take as many threads as torch would have.
+    """
+    before = torch.get_num_threads()
+    token = AT_ONCE.set(experiment.runner.threads or before)
+    torch.set_num_threads(experiment.runner.threads or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        AT_ONCE.reset(token)
+
+
+def _run(site: Site, folder: Path, watch: Watch | None) -> Finished:
     kind = site.experiment.runner.kind
-    if site.experiment.runner.threads is not None:
-        torch.set_num_threads(site.experiment.runner.threads)
     if kind == "flower":
         if site.method.pools_data:
             raise ConfigError(
@@ -325,6 +348,14 @@ def _own_classes(correct: NDArray[np.int64], counts: NDArray[np.int64], totals: 
     return float(correct[held].sum() / totals[held].sum()) if totals[held].sum() else None
 
 
+def _pooled(
+    correct: Mapping[int, NDArray[np.int64]], counts: NDArray[np.int64], totals: NDArray[np.int64]
+) -> float | None:
+    """Right answers of all devices on their own classes over all such test records: a device counts by its share."""
+    asked = sum(int(totals[counts[k] > 0].sum()) for k in correct)
+    return sum(int(right[counts[k] > 0].sum()) for k, right in correct.items()) / asked if asked else None
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None
@@ -341,7 +372,7 @@ def _stopped(site: Site, runner: Runner, progress: Progress, status: str) -> dic
         "rounds": site.experiment.rounds,
         "rounds_completed": progress.state.round,
         "status": status,
-        "accuracy": dict.fromkeys(("student", "clients_mean", "clients_own_classes_mean", "local_only", "ensemble")),
+        "accuracy": dict.fromkeys(ACCURACIES),
         "per_client": [],
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
@@ -386,6 +417,7 @@ def _summary(site: Site, rounds: Rounds, progress: Progress, folder: Path, secon
             "student": rows[-1]["student_accuracy"] if rows else None,
             "clients_mean": _mean([c["accuracy"] for c in per_client]),
             "clients_own_classes_mean": _mean([c["accuracy_own_classes"] for c in per_client]),
+            "clients_own_classes_pooled": _pooled(accuracies, counts, totals),
             "local_only": _mean(list(alone.values())),
             "ensemble": None if seen is None else rounds.ensemble_accuracy(seen),
         },
@@ -446,9 +478,10 @@ def _recall(rounds: Rounds, progress: Progress, totals: NDArray[np.int64]) -> li
 
 
 def _lost(site: Site, recall: Sequence[float | None] | None) -> list[str]:
-    """Tell of classes that the student hardly knows: the mean hides them."""
+    """Tell of classes that the student hardly knows, once it knows most of them: there the mean hides them."""
+    known = [share for share in recall or () if share is not None]
     lost = [c for c, share in enumerate(recall or ()) if share is not None and share < LOST]
-    if not lost:
+    if not lost or np.median(known) < LEARNED:
         return []
     names, counts = site.federation.split.train.class_names, site.federation.counts
     told = ", ".join(

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedkd import simulate
 from fedkd.errors import ConfigError
 from fedkd.experiment import Experiment, load, validate
+from fedkd.kernels.jobs import AT_ONCE
 from fedkd.report.runfolder import Run, expand
 from fedkd.shelves import ShelfStore
 from fedkd.storage import StorageError, pack_tensors
@@ -252,8 +254,29 @@ def test_a_lost_class_is_told_of(tmp_path: Path) -> None:
     totals = site.test.y.bincount(minlength=10)
     mean = sum(share * int(of) for share, of in zip(shares, totals, strict=True)) / int(totals.sum())
     assert mean == pytest.approx(done.summary["accuracy"]["student"])
-    lost = [c for c, share in enumerate(shares) if share < simulate.LOST]
-    told = " ".join(done.summary["notes"])
-    assert lost and all(f"{c} ({100 * shares[c]:.0f} %, " in told for c in lost), told
+    assert "hardly" not in " ".join(done.summary["notes"]), "after one round nothing is learned yet"
+    told = " ".join(simulate._lost(site, [0.9, 0.03, *[0.8] * 7, None]))
+    assert "1 (3 %, " in told and told.count("holders") == 1
+    assert simulate._lost(site, [0.9, 0.3, *[0.8] * 8]) == []
+    pooled, plain = (done.summary["accuracy"][f"clients_own_classes_{how}"] for how in ("pooled", "mean"))
+    counts = site.federation.counts > 0
+    tested = [int(totals[torch.from_numpy(row)].sum()) for row in counts]
+    each = [one["accuracy_own_classes"] for one in done.summary["per_client"]]
+    assert pooled == pytest.approx(sum(a * n for a, n in zip(each, tested, strict=True)) / sum(tested))
+    assert plain == pytest.approx(sum(each) / len(each))
     notes = simulate._codec(experiment("cfd", dtype="float64")), simulate._codec(experiment("cfd"))
     assert "simplex:1" in notes[0][0] and notes[1] == []
+
+
+def test_a_run_takes_one_thread_and_leaves_torch_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels, whose threads do not wait for one another, take as many as torch had."""
+    seen = []
+    monkeypatch.setattr(simulate, "_run", lambda *_: seen.append((torch.get_num_threads(), AT_ONCE.get())))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        simulate.start(experiment("ds_fl"), tmp_path / "a")
+        simulate.start(experiment("ds_fl", runner={"threads": 3}), tmp_path / "b")
+        assert seen == [(1, 2), (3, 3)] and torch.get_num_threads() == 2 and AT_ONCE.get() is None
+    finally:
+        torch.set_num_threads(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 CHUNK = 32
 """Samples that a stretch of training takes through a net together; a larger batch is added up from such parts."""
+AT_ONCE: ContextVar[int | None] = ContextVar("devices at once", default=None)
+"""Threads among which whole devices are shared out; None: as many as torch has."""
+
+
+def _threads() -> int:
+    return AT_ONCE.get() or torch.get_num_threads()
 
 
 class _Descent(ctypes.Structure):
@@ -116,7 +123,7 @@ def train(
     }  # fmt: skip
     job = _Training(
         layers=len(program.steps), devices=count, params=len(weights), buffers=len(stats), steps=steps,
-        batch=index.shape[2], threads=torch.get_num_threads(), chunk=CHUNK, loss_kind=known.kind,
+        batch=index.shape[2], threads=_threads(), chunk=CHUNK, loss_kind=known.kind,
         classes=program.outputs, shared=int(len(index) == 1), done=_address(done), pool=pool.data_ptr(),
         index=_address(index), labels=_address(labels), table=None if table is None else table.data_ptr(),
         positions=_address(positions), rows=0 if table is None else table.shape[-2],
@@ -147,7 +154,7 @@ def _pass(
     ]  # fmt: skip
     names = ("layer", "extra", "sizes_of", "buffer_sizes", "weights", "stats")
     job = _Pass(
-        layers=len(program.steps), params=len(weights), buffers=len(stats), threads=torch.get_num_threads(),
+        layers=len(program.steps), params=len(weights), buffers=len(stats), threads=_threads(),
         **dict(zip(names, map(ctypes.addressof, hold), strict=True)), **given,
     )  # fmt: skip
     return job, hold

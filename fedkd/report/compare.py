@@ -108,7 +108,7 @@ def comparison_table(
             cells += [_percent(group.accuracy(key)) for key in keys]
         if cost:
             cells += [_megabytes(group.average(f"bytes_{way}_per_device")) for way in ("up", "down")]
-            cells += [epsilon_text(group.epsilon), _seconds(group.average("seconds"))]
+            cells += [epsilon_text(group.epsilon, group.unit), _seconds(group.average("seconds"))]
         # `Text`, since a plain string in brackets would be taken for markup.
         table.add_row(*(Text(_plain(cell)) for cell in cells))
     notes = ["accuracy in %, mean±deviation over seeds"] if accuracy else []
@@ -174,6 +174,7 @@ def _row(name: str, group: Group) -> dict[str, Any]:
         "bytes_up_per_device": group.average("bytes_up_per_device"),
         "bytes_down_per_device": group.average("bytes_down_per_device"),
         "epsilon": group.epsilon,
+        "epsilon_unit": group.unit,
         "seconds": group.average("seconds"),
     }
 

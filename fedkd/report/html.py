@@ -20,7 +20,6 @@ from typing import Any
 from fedkd.errors import FedkdError
 from fedkd.report import svg
 from fedkd.report.runfolder import (
-    ACCURACIES,
     ROUNDS_FILE,
     SWEEP_FILE,
     Group,
@@ -70,9 +69,19 @@ def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{100 * value:.{digits}f} %"
 
 
-def epsilon_text(value: float | None) -> str:
-    """Epsilon as it is claimed: null is infinity."""
-    return "∞" if value is None else f"{value:.3g}"
+def epsilon_text(value: float | None, unit: str | None = None) -> str:
+    """Epsilon as it is claimed, with its unit where there is one: null is infinity."""
+    number = "∞" if value is None else f"{value:.3g}"
+    return f"{number} per {unit}" if unit else number
+
+
+def _claim_terms(run: Run) -> str:
+    """What stands beside a run's epsilon: neighbouring relation and delta."""
+    if run.epsilon is None:
+        return "no guarantee"
+    terms = [] if run.delta is None else [f"at delta = {run.delta:g}"]
+    terms += [] if run.relation is None else [f"neighbours: {run.relation.replace('_', ' ')}"]
+    return ", ".join(terms)
 
 
 def duration(seconds: float | None) -> str:
@@ -202,8 +211,7 @@ def headline(run: Run) -> Section:
             f"{down}, with the proxy set" if run.bytes_proxy else down,
         )
     )
-    delta = f"at delta = {run.delta:g}" if run.epsilon is not None and run.delta is not None else ""
-    entries.append(("Epsilon", epsilon_text(run.epsilon), delta or ("" if run.epsilon is not None else "no guarantee")))
+    entries.append(("Epsilon", epsilon_text(run.epsilon, run.unit), _claim_terms(run)))
     entries.append(("Time", duration(run.seconds), counted(len(run.rounds), "round")))
     if run.virtual_seconds is not None:
         entries.append(("Virtual time", duration(run.virtual_seconds), "of the simulated devices"))
@@ -460,6 +468,23 @@ def devices_section(run: Run) -> Section | None:
     )
 
 
+def classes_section(run: Run) -> Section | None:
+    """What the student knows of each class: the mean hides a class that it never learned."""
+    shares, partition = run.summary.get("student_per_class"), run.partition
+    if not isinstance(shares, list) or partition is None or len(shares) != len(partition.class_names):
+        return None
+    rows = []
+    for at, (name, share) in enumerate(zip(partition.class_names, shares, strict=True)):
+        held = [counts[at] for counts in partition.counts]
+        known = float(share) if isinstance(share, int | float) else None
+        rows.append((name, percent(known), f"{sum(held):,}", sum(1 for count in held if count)))
+    shown = [rows[index] for index in svg.thin(len(rows), _MOST_ROWS)]
+    some = f" {len(shown)} of {len(rows)} classes." if len(shown) < len(rows) else ""
+    note = f"Recognised: share of the class's test records.{some}"
+    head = ("class", "recognised", "examples", "devices that hold it")
+    return Section(title="The student, class by class", body=table(head, shown) + paragraph(note, "quiet"))
+
+
 def partition_section(run: Run) -> Section | None:
     """Who holds what."""
     partition = run.partition
@@ -554,7 +579,7 @@ def epsilon_section(run: Run) -> Section | None:
         return None
     chart = svg.line_chart(
         "Epsilon spent so far",
-        f"Epsilon after {len(run.rounds)} rounds: {epsilon_text(run.epsilon)}.",
+        f"Epsilon after {len(run.rounds)} rounds: {epsilon_text(run.epsilon, run.unit)}.",
         [svg.Line(name="epsilon", points=[(_x(r.round), r.epsilon) for r in run.rounds], colour=4, step=True)],
         y_label="epsilon",
         y_format=svg.plain,
@@ -563,8 +588,9 @@ def epsilon_section(run: Run) -> Section | None:
         width=svg.HALF,
         height=300,
     )
-    delta = f" at delta = {run.delta:g}" if run.delta is not None else ""
-    return Section(title="Epsilon", body=figure(chart, f"Claimed in total: {epsilon_text(run.epsilon)}{delta}."))
+    terms = _claim_terms(run)
+    claimed = f"Claimed in total: {epsilon_text(run.epsilon, run.unit)}{', ' if terms else ''}{terms}."
+    return Section(title="Epsilon", body=figure(chart, claimed))
 
 
 def audit_section(run: Run) -> Section | None:
@@ -653,12 +679,13 @@ def _limits(runs: Sequence[Run]) -> str:
         else:
             points.append(f"Epsilon is infinity{whose}: no mechanism was used. Nothing was sent in these rounds.")
     covered = [run for run in runs if run.epsilon is not None]
-    if covered:
-        worst = max(run.epsilon or 0.0 for run in covered)
-        delta = max((run.delta for run in covered if run.delta is not None), default=None)
+    for unit in dict.fromkeys(run.unit for run in covered):
+        same = [run for run in covered if run.unit == unit]
+        worst = max(run.epsilon or 0.0 for run in same)
+        delta = max((run.delta for run in same if run.delta is not None), default=None)
         at = f" at delta = {delta:g}" if delta is not None else ""
         points.append(
-            f"Epsilon {epsilon_text(worst)}{at} is a claim about the mechanism. It holds for this run"
+            f"Epsilon {epsilon_text(worst, unit)}{at} is a claim about the mechanism. It holds for this run"
             f" alone: other runs"
             " on the same records add to it."
         )
@@ -701,6 +728,7 @@ RUN_SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     virtual_section,
     bytes_section,
     devices_section,
+    classes_section,
     partition_section,
     events_section,
     epsilon_section,
@@ -718,7 +746,7 @@ RUN_SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
 def sweep_table(sweep: Sweep) -> Section:
     """All points, with their seeds put together."""
     groups = group_seeds(sweep.runs)
-    present = [name for name in ACCURACIES if any(group.accuracy(name) for group in groups)]
+    present = [name for name in ACCURACY_NAMES if any(group.accuracy(name) for group in groups)]
     rows = [
         (
             group.label,
@@ -726,7 +754,7 @@ def sweep_table(sweep: Sweep) -> Section:
             *(spread_text(group.accuracy(name)) for name in present),
             svg.data_size(group.average("bytes_up_per_device")),
             svg.data_size(group.average("bytes_down_per_device")),
-            epsilon_text(group.epsilon),
+            epsilon_text(group.epsilon, group.unit),
             duration(group.average("seconds")),
         )
         for group in groups

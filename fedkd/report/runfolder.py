@@ -181,11 +181,12 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """The five numbers a run ends with, as fractions; None where a method has no such thing."""
+    """The numbers a run ends with, as fractions; None where a method has no such thing."""
 
     student: float | None = None
     clients_mean: float | None = None
     clients_own_classes_mean: float | None = None
+    clients_own_classes_pooled: float | None = None
     local_only: float | None = None
     ensemble: float | None = None
 
@@ -282,6 +283,8 @@ class Run:
     bytes_down_per_device: float | None  # with the proxy set
     epsilon: float | None
     delta: float | None
+    unit: str | None  # whose presence epsilon hides: "record" or "client"; None without a mechanism
+    relation: str | None  # of neighbouring data: "add_remove" or "replace_one"
     virtual_seconds: float | None  # None without virtual time
     seconds: float
     versions: Mapping[str, str]
@@ -322,6 +325,7 @@ class Run:
         bytes_down = _count(summary.get("bytes_down", sum(row.bytes_down for row in rounds)))
         proxy = partition.proxy if partition else None
         bytes_proxy = _count(summary.get("bytes_proxy", proxy.bytes * len(clients) if proxy else 0))
+        claim = _table(summary.get("privacy"))
         seed = _number(summary.get("seed", config.get("seed")))
         planned = _number(summary.get("rounds", config.get("rounds")))
         return cls(
@@ -343,6 +347,8 @@ class Run:
             bytes_down_per_device=_per_device(summary.get("bytes_down_per_device"), bytes_down + bytes_proxy, clients),
             epsilon=_number(summary["epsilon"] if "epsilon" in summary else rounds[-1].epsilon if rounds else None),
             delta=_number(summary.get("delta")),
+            unit=_word(claim.get("unit")) or None,
+            relation=_word(claim.get("relation")) or None,
             virtual_seconds=_number(summary.get("virtual_seconds"))
             or next((row.virtual_seconds for row in reversed(rounds) if row.virtual_seconds is not None), None),
             seconds=_number(summary.get("seconds")) or math.fsum(row.seconds for row in rounds),
@@ -636,7 +642,7 @@ class Group:
         }
 
     def accuracy(self, name: str) -> Spread | None:
-        """One of the five accuracies over the seeds."""
+        """One of the accuracies over the seeds."""
         return Spread.of([getattr(run.accuracy, name) for run in self.counted])
 
     def average(self, name: str) -> float | None:
@@ -648,6 +654,11 @@ class Group:
         """The largest over the seeds, for a claim holds only if it holds for the worst; None is infinity."""
         values = [run.epsilon for run in self.counted]
         return None if any(value is None for value in values) else max(value for value in values if value is not None)
+
+    @property
+    def unit(self) -> str | None:
+        """Whose presence epsilon hides. The runs share one configuration, and with it the unit."""
+        return next((run.unit for run in self.counted if run.unit is not None), None)
 
 
 def _short(value: object) -> str:
@@ -709,6 +720,7 @@ def summarise_sweep(sweep: Sweep | str | Path) -> dict[str, Any]:
                 "bytes_up_per_device": group.average("bytes_up_per_device"),
                 "bytes_down_per_device": group.average("bytes_down_per_device"),
                 "epsilon": group.epsilon,
+                "epsilon_unit": group.unit,
                 "seconds": group.average("seconds"),
                 "virtual_seconds": group.average("virtual_seconds"),
             }

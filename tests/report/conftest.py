@@ -123,6 +123,7 @@ def make_run(
             "local_only": float(alone.mean()) if evaluated else None,
             "ensemble": rows[-1]["ensemble_accuracy"],
         },
+        "student_per_class": [0.9] * (len(partition["class_names"]) - 1) + [0.123] if student and evaluated else None,
         "per_client": [
             {
                 "client": index,
@@ -142,6 +143,10 @@ def make_run(
         "bytes_down_per_device": (down + once) / clients,
         "epsilon": epsilon,
         "delta": None if epsilon is None else 1e-5,
+        "privacy": {
+            "unit": None if epsilon is None else "record",
+            "relation": None if epsilon is None else "add_remove",
+        },
         "seconds": 0.8 * rounds,
         "versions": {"fedkd": "0.1.0", "python": "3.11.9", "torch": "2.13.0"},
         "git_revision": "0123abc",

@@ -40,7 +40,7 @@ def test_numbers_of_one_run(write_run: WriteRun) -> None:
     # 10 rounds of 500 x 10 float32, and the proxy set of 500 x 64 float32 once.
     assert content["rows"][0]["bytes_up_per_device"] == 200_000
     assert content["rows"][0]["bytes_down_per_device"] == 328_000
-    for expected in ("ds_fl", "0.2", "0.328", "3.5"):
+    for expected in ("ds_fl", "0.2", "0.328", "3.5 per record"):
         assert expected in text
 
 

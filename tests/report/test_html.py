@@ -81,6 +81,7 @@ def test_a_full_run(write_run: WriteRun) -> None:
         "Accuracy against bytes",
         "Bytes sent so far",
         "Each device at the end",
+        "The student, class by class",
         "Who holds what",
         "Events",
         "Epsilon",
@@ -92,6 +93,8 @@ def test_a_full_run(write_run: WriteRun) -> None:
     assert "fewer than 2 answers" in words
     assert "NaN in 3 of 500 rows" in words
     assert "nothing protects" not in words
+    assert "6 per record" in words and "at delta = 1e-05, neighbours: add remove" in words
+    assert "12.3 %" in words, "of the last class"
     assert out.stat().st_size < 200_000
 
 
