@@ -178,14 +178,15 @@ class Loopback:
         return {name: p for name, p in found.items() if p.alive}
 
 
-def digits(clients: int, *, proxy: int, seed: int = 1) -> dict[str, Any]:
-    """Return a data.yaml by which each client takes its part of the digits, as a simulation of that seed deals them."""
-    return {
-        "data": {"source": "digits"},
-        "part": {
-            "index": "{id}", "seed": seed, "partition": {"clients": clients, "alpha": 0.5}, "proxy": {"size": proxy},
-        },
-    }  # fmt: skip
+def digits(clients: int, *, proxy: int | None, seed: int = 1) -> dict[str, Any]:
+    """Return a data.yaml by which each client takes its part of the digits, as a simulation of that seed deals them.
+
+    ``proxy``: samples that are held out for the proxy set; None where the method has none.
+    """
+    part: dict[str, Any] = {"index": "{id}", "seed": seed, "partition": {"clients": clients, "alpha": 0.5}}
+    if proxy is not None:
+        part["proxy"] = {"size": proxy}
+    return {"data": {"source": "digits"}, "part": part}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,152 @@
+"""Fault 17 on real disks: a small file system that is full, or turns read-only, under a device, a run and a server."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inprocess import Network, experiment
+
+from fedkd import simulate
+from fedkd.deploy import run as runs
+from fedkd.deploy import server
+from fedkd.storage import StorageError
+from simulations.benchmarks.loopback import Loopback, digits
+from simulations.benchmarks.soak import PROXY, difference
+from simulations.benchmarks.soak import experiment as soak_experiment
+
+CLIENTS = 3
+
+pytestmark = pytest.mark.slow
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[Path]:
+    """Mount a file system of ``kib`` KiB at ``folder``; skips where that is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a file system is for root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Write until not a byte fits any more."""
+    with open(disk / "filler", "wb", buffering=0) as file:
+        for size in (65536, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    with pytest.raises(OSError) as caught:
+        (disk / "one-more").write_bytes(bytes(4096))
+    assert caught.value.errno == errno.ENOSPC
+    (disk / "one-more").unlink()
+
+
+def empty(disk: Path) -> None:
+    (disk / "filler").unlink()
+
+
+def read_only(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+
+def writable(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+
+
+FAULTS = {
+    "full": (fill, empty, "No space left on device"),
+    "read-only": (read_only, writable, "Read-only file system"),
+}
+Change = Callable[[Path], None]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return runs.read_rows(folder)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_17_a_devices_disk(fault: str, tmp_path: Path) -> None:
+    """It says so, the round goes on without it, and it takes part again: as if it had been silent for a round."""
+    spoil, mend, words = FAULTS[fault]
+    silent = Network(tmp_path / "silent", CLIENTS)
+    silent.wire.twist = lambda wire, client, ask, honest: (
+        "silence" if client == 1 and ask.round == 1 and ask.kind == "ask" else honest()
+    )
+    short = {"deployment": {"deadline_seconds": 1.0}}
+    calm = silent.play(experiment(CLIENTS, **short), tmp_path / "calm").folder
+    network = Network(tmp_path / "net", CLIENTS)
+    with small_disk(network.kits[1].state / "runs", 4096) as disk:
+
+        def watch(record: Any, rounds: int) -> None:
+            if record["round"] == 0:
+                spoil(disk)
+            elif record["round"] == 1:
+                mend(disk)
+
+        folder = network.play(experiment(CLIENTS), tmp_path / "run", watch=watch).folder
+    first, second, third = rows(folder)
+    assert first["answered"] == third["answered"] == CLIENTS and second["answered"] == CLIENTS - 1
+    (found,) = second["quarantined"]
+    assert found["client"] == 1 and words in found["message"]
+    assert (folder / simulate.STUDENT).read_bytes() == (calm / simulate.STUDENT).read_bytes()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_17_the_disk_of_a_run(fault: str, tmp_path: Path) -> None:
+    """It ends with the reason, and goes on from its last completed round to the undisturbed student."""
+    spoil, mend, words = FAULTS[fault]
+    network = Network(tmp_path / "net", CLIENTS)
+    calm = network.play(experiment(CLIENTS), tmp_path / "calm", token="w").folder
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        folder = disk / "run"
+        with pytest.raises(StorageError, match=words):
+            network.play(
+                experiment(CLIENTS), folder, watch=lambda record, n: spoil(disk) if not record["round"] else None
+            )
+        mend(disk)
+        assert [row["round"] for row in rows(folder)][:1] == [0]
+        network.play(experiment(CLIENTS), folder)
+        assert [row["round"] for row in rows(folder)] == [0, 1, 2]
+        assert (folder / simulate.STUDENT).read_bytes() == (calm / simulate.STUDENT).read_bytes()
+
+
+def test_17_a_running_server_whose_disk_fills_up(tmp_path: Path) -> None:
+    """SuperLink's database, the run and the logs on one full disk: the run ends, room is made, and it is resumed."""
+    torch.set_num_threads(1)
+    wanted = soak_experiment(CLIENTS, 6, "ds_fl", "float32")
+    calm = simulate.start(wanted, tmp_path / "calm").folder
+    net = Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=PROXY), limits={"min_free_mib": 4})
+    with small_disk(net.kit.state, 65536) as disk, net:
+        net.start()
+        folder = runs.start(net.kit, wanted)
+        with pytest.raises(runs.RunEnded) as caught:
+            for record in runs.follow(net.kit, folder):
+                if record["round"] == 1:
+                    fill(disk)
+        print("ended:", caught.value)
+        said = server.status(net.kit)
+        print("status:", said["ready"], said["unready"], said["disk_free_bytes"])
+        empty(disk)
+        end = time.monotonic() + 240
+        while runs.Standing.read(folder).phase != "finished":
+            assert time.monotonic() < end, runs.Standing.read(folder)
+            with contextlib.suppress(Exception):
+                net.start()
+                runs.resume(net.kit, folder.name)
+            time.sleep(1)
+        assert [row["answered"] for row in rows(folder)] == [CLIENTS] * 6
+        assert difference(folder, calm) < 1e-4
+        assert os.listdir(disk)

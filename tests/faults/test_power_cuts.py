@@ -1,0 +1,149 @@
+"""Fault 16 on real processes: a node is killed in the middle of an upload, and in the middle of spending its budget."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedkd import simulate
+from fedkd.deploy import client
+from fedkd.deploy import run as runs
+from fedkd.deploy.device import LEDGER
+from fedkd.deploy.kit import ClientKit
+from fedkd.deploy.supervise import PidFile
+from fedkd.experiment import Experiment, validate
+from fedkd.privacy.ledger import Ledger
+from simulations.benchmarks.loopback import Loopback, digits, free_ports
+from simulations.benchmarks.soak import difference
+
+CLIENTS, VICTIM = 3, 1
+
+pytestmark = pytest.mark.slow
+
+
+def averaging(rounds: int, width: int, **changes: object) -> Experiment:
+    """Return a FedAvg run on the digits; ``width`` hidden units make uploads of 300 bytes each."""
+    model = f"mlp(hidden=[{width}])"
+    return validate(
+        {
+            "name": "power-cut", "rounds": rounds, "seed": 1, "data": {"source": "digits"}, "proxy": None,
+            "partition": {"clients": CLIENTS, "alpha": 0.5}, "algorithm": "fedavg",
+            "models": {"student": model, "devices": model}, "training": {"epochs": 1},
+            "evaluation": {"local_only": False}, "runner": {"kind": "serial"}, "deployment": {"probe_seconds": 2.0},
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def kill(kit: ClientKit) -> None:
+    """Send SIGKILL to a node and wait until it is gone."""
+    process = PidFile(kit.state / client.PID).read()
+    assert process is not None
+    process.signal(9)
+    while process.alive:
+        time.sleep(0.01)
+
+
+class Watchman:
+    """Stands between a node and the gate, and calls ``cut`` once when one connection has sent more than ``most`` bytes."""
+
+    def __init__(self, gate: int, most: int, cut: Callable[[], None]) -> None:
+        self.gate, self.most, self.cut = gate, most, cut
+        self.cuts = 0
+        (self.port,) = free_ports(1)
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.gate))
+                threading.Thread(target=self._pump, args=(near, far, True), daemon=True).start()
+                threading.Thread(target=self._pump, args=(far, near, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, up: bool) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                passed += len(data)
+                if up and passed > self.most and not self.cuts:
+                    self.cuts += 1
+                    self.cut()
+                    break
+                target.sendall(data)
+        for side in (source, target):
+            with contextlib.suppress(OSError):
+                side.shutdown(socket.SHUT_RDWR)
+            side.close()
+
+
+def test_16_killed_in_the_middle_of_an_upload(tmp_path: Path) -> None:
+    """The node comes back and sends the same bytes from its outbox; the student is the undisturbed one."""
+    torch.set_num_threads(1)
+    wanted = averaging(3, 3333)
+    calm = simulate.start(wanted, tmp_path / "calm").folder
+    cut = threading.Event()
+    with Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=None)) as net:
+        kit = net.clients[VICTIM]
+
+        def power_cut() -> None:
+            kill(kit)
+            cut.set()
+
+        watchman = Watchman(net.kit.port, 400_000, power_cut)
+        path = kit.path("client.yaml")
+        path.write_text(path.read_text().replace(f"port: {net.kit.port}", f"port: {watchman.port}"))
+        net.clients[VICTIM] = kit = ClientKit.read(kit.folder)
+        net.start()
+        folder = runs.start(net.kit, wanted)
+        assert cut.wait(240)
+        waiting = list((kit.state / "runs").glob("*/outbox/*.answer"))
+        assert len(waiting) == 1
+        before = waiting[0].read_bytes()
+        net.start_client(kit)
+        rows = list(runs.follow(net.kit, folder))
+        watchman.close()
+        assert not waiting[0].exists() or waiting[0].read_bytes() == before
+        # Training is not done a second time: the log of the node that came back has no model of its own for that round.
+        said = (kit.state / "logs/client.jsonl").read_text()
+        assert "asked again: the same answer is sent again" in said or said.count("round 0 of") == 1, said
+    assert watchman.cuts == 1
+    assert [(row["answered"], row["quarantined"], row["failed"]) for row in rows] == [(CLIENTS, [], None)] * 3
+    assert difference(folder, calm) < 1e-4
+
+
+def test_16_killed_in_the_middle_of_spending_budget(tmp_path: Path) -> None:
+    """What was charged stays charged; what had not left is worked out anew and charged again; nothing leaves uncharged."""
+    privacy = {"kind": "dp_sgd", "noise_multiplier": 2.0, "sampling_rate": 0.2}
+    wanted = averaging(2, 33, privacy=privacy)
+    with Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=None)) as net:
+        kit = net.clients[VICTIM]
+        net.start()
+        ledger = kit.state / LEDGER
+        folder = runs.start(net.kit, wanted)
+        end = time.monotonic() + 240
+        while not (ledger.exists() and ledger.stat().st_size):
+            assert time.monotonic() < end, "nothing was charged"
+            time.sleep(0.0005)
+        kill(kit)
+        released = list((kit.state / "runs").glob("*/outbox/*.answer"))
+        charged = len(Ledger(ledger).entries)
+        net.start_client(kit)
+        rows = list(runs.follow(net.kit, folder))
+        entries = [len(Ledger(one.state / LEDGER).entries) for one in net.clients]
+    assert [(row["answered"], row["quarantined"], row["failed"]) for row in rows] == [(CLIENTS, [], None)] * 2
+    assert charged >= 1
+    once = entries[0]
+    assert once > 0 and entries[2] == once
+    assert entries[VICTIM] == (once if released else once + charged), (entries, charged, released)
