@@ -13,6 +13,13 @@ def audit(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     canaries: Annotated[int, typer.Option(min=20, help="Canaries; at most a third of the training records.")] = 600,
     seed: Annotated[int, typer.Option(help="Of the choice of canaries and their coins.")] = 0,
+    shadows: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Runs with other coins, which sharpen the attacks on labels and student; each takes the run's time.",
+        ),
+    ] = 4,
     runs: Annotated[
         int | None, typer.Option(min=100, help="Releases in the mechanism's audit; default 20,000.")
     ] = None,
@@ -24,7 +31,7 @@ def audit(
     from fedkd.cli.main import out
     from fedkd.privacy.audit.run import AUDIT, audit_run
 
-    show(audit_run(run, canaries=canaries, seed=seed, runs=runs))
+    show(audit_run(run, canaries=canaries, seed=seed, runs=runs, shadows=shadows))
     out.print(f"audit: {run / AUDIT}", highlight=False, soft_wrap=True)
 
 
@@ -44,7 +51,8 @@ def show(found: dict[str, Any]) -> None:
             f"{view['epsilon']:.2f}",
             claimed_text(view["claimed"]),
         )
-    out.print(f"{found['canaries']} canaries; {found['rerun']}", highlight=False)
+    shadows = f", and {found['shadows']} more with other coins" if found["shadows"] else ""
+    out.print(f"{found['canaries']} canaries; {found['rerun']}{shadows}", highlight=False, soft_wrap=True)
     out.print(table)
     if found["held"] is not None:
         out.print(found["held"], highlight=False, soft_wrap=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fedkd.cli.audit import claims_line
 from fedkd.experiment import load
+from fedkd.privacy.audit import attack
 from fedkd.privacy.audit.bounds import (
     auc,
     gaussian_epsilon,
@@ -19,9 +21,11 @@ from fedkd.privacy.audit.bounds import (
     shared,
     tpr_at,
 )
+from fedkd.privacy.audit.canaries import Canaries, insert
 from fedkd.privacy.audit.run import _verdict, audit_run
 from fedkd.report.html import write_report
 from fedkd.simulate import start
+from fedkd.site import Site
 
 
 def test_the_one_run_bound_has_the_known_values():
@@ -71,6 +75,33 @@ def test_the_audit_of_a_plain_run_finds_the_leak(tmp_path):
     assert "epsilon at least" in write_report(tmp_path / "a").read_text()
 
 
+def test_shadow_runs_have_the_same_canaries_and_other_coins():
+    federation = Site.load(load(None, ["partition={kind: iid, clients: 4}"])[0][1]).federation
+    (_, first), (_, again), (changed, other) = (insert(federation, 200, 0, coins) for coins in (0, 0, 1))
+    assert np.array_equal(first.index, other.index) and np.array_equal(first.label, other.label)
+    assert np.array_equal(first.inside, again.inside)
+    # Two fair throws of 200 coins differ in about 100.
+    assert 65 < (first.inside != other.inside).sum() < 135 and 65 < other.inside.sum() < 135
+    held = set(np.concatenate(changed.parts).tolist())
+    assert all((int(i) in held) == inside for i, inside in zip(other.index, other.inside, strict=True))
+
+
+def test_what_shadow_runs_say_anyway_is_taken_off(monkeypatch):
+    """Margins that follow the difficulty of a canary, and hardly its coin, tell nothing until the difficulty is known."""
+    rng = np.random.default_rng(0)
+    inside, difficulty = rng.random(400) < 0.5, rng.normal(0, 10, 400)
+    monkeypatch.setattr(attack, "outside", lambda run: {"student": difficulty + inside})
+    monkeypatch.setattr(attack, "_reference", lambda run: np.zeros(400))
+    canaries = Canaries(*3 * [np.arange(400)], inside)
+    experiment = SimpleNamespace(privacy=SimpleNamespace(delta=1e-5))
+    run = SimpleNamespace(devices={}, canaries=canaries, site=SimpleNamespace(experiment=experiment))
+    (blind,), (view,) = (
+        attack.membership(run, shadows)
+        for shadows in ((), [{"student": difficulty + (rng.random(400) < 0.5)} for _ in range(4)])
+    )
+    assert blind.auc < 0.6 and view.auc > 0.9 and view.epsilon > 1
+
+
 def test_several_tests_share_the_error_probability():
     """Guesses at random about many views at 95 % each would refute a true claim far more often than once in twenty."""
     assert [1 - shared(n) for n in (1, 5)] == pytest.approx([0.05, 0.01])
@@ -108,7 +139,8 @@ def test_the_audit_reads_the_runs_own_claim_and_ledger(tmp_path):
     start(load(None, [*words, "evaluation.local_only=false", "training.epochs=1"])[0][1], tmp_path / "a")
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     (tmp_path / "a" / "summary.json").write_text(json.dumps({**summary, "epsilon": 0.1}))
-    found = audit_run(tmp_path / "a", canaries=60, runs=200)
+    found = audit_run(tmp_path / "a", canaries=60, runs=200, shadows=1)
+    assert found["shadows"] == 1
     assert found["run"] == {"finished": True, "epsilon": 0.1, "ledger": summary["epsilon"]}
     assert "claims epsilon 0.100" in found["verdict"]
     (student,) = (view for view in found["views"] if view["name"] == "student")

@@ -33,12 +33,13 @@ class Canaries:
         return len(self.index)
 
 
-def insert(federation: Federation, wanted: int, seed: int) -> tuple[Federation, Canaries]:
+def insert(federation: Federation, wanted: int, seed: int, coins: int = 0) -> tuple[Federation, Canaries]:
     """Turn training records of all devices into canaries, and take those out that the coin leaves out.
 
     Args:
         wanted: number of canaries, if a third of the records is enough for it.
         seed: of the choice, the labels and the coins; independent of the experiment's seed.
+        coins: number of the throw: the same canaries, other coins.
     Raises:
         ConfigError: too few records for 20 canaries.
     """
@@ -55,7 +56,7 @@ def insert(federation: Federation, wanted: int, seed: int) -> tuple[Federation, 
     index, device = record[chosen], holder[chosen]
     train = federation.split.train
     label = (train.y[index] + rng.integers(1, train.classes, m)) % train.classes
-    inside = rng.random(m) < 0.5
+    inside = (rng if coins == 0 else numpy_rng(seed, "audit coins", coins)).random(m) < 0.5
     y = train.y.copy()
     y[index] = label
     out = set(index[~inside].tolist())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedkd.errors import ConfigError
 from fedkd.experiment import Experiment, read_yaml, validate
-from fedkd.privacy.audit.attack import CANARIES, Rerun, label_inference, membership, rerun
+from fedkd.privacy.audit.attack import CANARIES, Rerun, label_inference, membership, outside, rerun
 from fedkd.privacy.audit.bounds import CONFIDENCE
 from fedkd.privacy.audit.mechanism import MechanismAudit, audit_mechanism
 from fedkd.privacy.build import LEDGER
@@ -27,11 +30,14 @@ TOLERANCE = 1e-6
 TRUSTED = "the claim leaves this view out: it is the trusted server's"
 
 
-def audit_run(folder: Path, *, canaries: int = CANARIES, seed: int = 0, runs: int | None = None) -> dict[str, Any]:
+def audit_run(
+    folder: Path, *, canaries: int = CANARIES, seed: int = 0, runs: int | None = None, shadows: int = 0
+) -> dict[str, Any]:
     """Attack the run in ``folder``, write ``audit.json`` into it, and return what it holds.
 
     Args:
         canaries: wanted number of canaries. seed: of their choice and coins. runs: releases in the audit of the mechanism.
+        shadows: runs with other coins, which sharpen the attacks on what leaves the server; each takes as long as the run.
     Raises:
         ConfigError: the folder holds no finished run, or one whose data are too few.
     """
@@ -41,6 +47,7 @@ def audit_run(folder: Path, *, canaries: int = CANARIES, seed: int = 0, runs: in
     if experiment.method.pools_data:
         raise ConfigError(f"{experiment.method.name} pools everybody's records on purpose: there is nothing to audit")
     again = rerun(experiment, canaries, seed)
+    known = [outside(rerun(experiment, canaries, seed, coins + 1)) for coins in range(shadows)]
     found: dict[str, Any] = {
         "schema": SCHEMA,
         "confidence": CONFIDENCE,
@@ -48,11 +55,12 @@ def audit_run(folder: Path, *, canaries: int = CANARIES, seed: int = 0, runs: in
         "run": _published(folder, experiment),
         "canaries": len(again.canaries),
         "seed": seed,
+        "shadows": shadows,
         "rerun": (
             "the run was repeated from its configuration with canaries: training records with a wrong label, each of "
             "which a coin left in or out"
         ),
-        "views": _views(again),
+        "views": _views(again, known),
         "held": _held(again),
     }
     labels = label_inference(again)
@@ -90,12 +98,12 @@ def _contradictions(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _views(again: Rerun) -> list[dict[str, Any]]:
+def _views(again: Rerun, shadows: Sequence[Mapping[str, NDArray[np.floating]]]) -> list[dict[str, Any]]:
     """Every view with the epsilon that its bound is held against; None where the claim does not speak of it."""
     limit = _limit(again)
     trusted = again.site.mechanism.unit == "client" and not again.site.mechanism.sums_securely
     views = []
-    for view in membership(again):
+    for view in membership(again, shadows):
         covered = limit is not None and not (trusted and view.name in ("soft labels", "local model"))
         covered = covered and not (again.site.mechanism.unit == "client" and view.name == "local model")
         views.append(
