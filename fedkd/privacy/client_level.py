@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedkd.algorithms.base import Answer, Answers, Card
 from fedkd.collected import Collected
+from fedkd.errors import ConfigError
 from fedkd.payloads import Payload, SoftLabels, Votes
 from fedkd.privacy.events import Event, calibrate
 from fedkd.privacy.ledger import SERVER, Entry
@@ -196,6 +197,7 @@ class ConfidentGnmax(ClientLevel):
         max n_j + N(0, s1^2), answers are argmax(n_j + N(0, s2^2)); ``noise_multiplier`` is s2, s1 = ``threshold_noise``
         x s2. Charged, before any noise is drawn, are as many tests as there are queries and as many answers as may be
         given, so that the figure does not depend on the data; answers that are not given save nothing.
+        The noisy counts of answered queries are what is paid for: :func:`odds` of them cost no more than their argmax.
         Edge cases: whatever a client sends, NaN included, is one vote per query.
     """
 
@@ -233,14 +235,17 @@ class ConfidentGnmax(ClientLevel):
 
     def aggregate(self, answers: Answers, noise: NoiseSource) -> tuple[Tensor, NDArray[np.int64]]:
         dirty, counts = self.noisy_sum(answers, noise)
-        winners = dirty.argmax(-1)
         answered = np.arange(self.queries)
         if self.config.threshold is not None:
             tests = noise.normal((self.queries,), self.noise_multiplier * self.config.threshold_noise)
             enough = counts.max(-1).values + tests >= self.config.threshold * self.expected_clients
             answered = np.flatnonzero(enough.numpy())
         answered = answered[: self.most]
-        labels = torch.nn.functional.one_hot(winners[torch.from_numpy(answered)], self.classes)
+        given = dirty[torch.from_numpy(answered)]
+        if self.config.taught == "odds":
+            labels = odds(given, self.noise_multiplier, self.expected_clients, self.config.agreement)
+        else:
+            labels = torch.nn.functional.one_hot(given.argmax(-1), self.classes)
         return labels.to(self.dtype), answered
 
 
@@ -280,6 +285,23 @@ def count_votes(payloads: Iterable[Payload], queries: int, classes: int) -> Tens
             raise ValueError(f"votes of shape {list(votes.shape)}, expected [{queries}]")
         counts[rows, votes.long().clamp(0, classes - 1)] += 1
     return counts
+
+
+def odds(counts: Tensor, deviation: float, clients: float, agreement: float) -> Tensor:
+    """Return the probability of each class to be the right one, given noisy counts of votes [N, C]; float64 [N, C].
+
+    Bayes's rule under a model without data: ``clients`` vote for the right class with chance a = ``agreement`` and for each
+    other with (1 - a) / (C - 1), all classes are as likely beforehand, and counts bear noise of ``deviation``. With the
+    clients' scatter a (1 - a) taken for that of every class, log odds are counts x gap / variance. Post-processing.
+
+    Raises:
+        ConfigError: an agreement at or below chance, under which the fewest votes would win.
+    """
+    classes = counts.shape[-1]
+    if not agreement > 1 / classes:
+        raise ConfigError(f"privacy.agreement is {agreement:g}: expected more than chance, 1/{classes}")
+    gap = clients * (agreement - (1 - agreement) / (classes - 1))
+    return (counts * gap / (deviation**2 + clients * agreement * (1 - agreement))).softmax(-1)
 
 
 def project_simplex(rows: Tensor) -> Tensor:

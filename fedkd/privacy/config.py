@@ -66,6 +66,14 @@ class PrivacyConfig(BaseModel):
         2.0, gt=0, description="votes: noise of the agreement test, as a multiple of that of the votes."
     )
     answers: int | None = Field(None, ge=1, description="votes: queries answered in a round at most.")
+    taught: Literal["winner", "odds"] = Field(
+        "winner",
+        description="votes on a trusted server: what answers teach. The noisy winner; or the odds of every class, given "
+        "the noisy counts, which carry more where noise is large. Both cost the same.",
+    )
+    agreement: float = Field(
+        0.5, gt=0, lt=1, description="votes, odds: public guess of the share of clients that vote for the right class."
+    )
     secure_sum: bool = Field(
         False,
         description="The server learns the sum of the answers alone (masks and secret shares). Under labels and votes the "
@@ -115,6 +123,11 @@ class PrivacyConfig(BaseModel):
                     "privacy.epsilon is kept device by device, but privacy.disjoint is false: what all devices spend counts "
                     "together. Give privacy.noise_multiplier alone; `fedkd privacy plan` says what it costs"
                 )
+        if self.taught == "odds" and (self.kind != "votes" or self.secure_sum):
+            raise ConfigError(
+                "privacy.taught odds reads the noisy counts of privacy.kind votes on a trusted server: set "
+                "privacy.taught=winner"
+            )
         if self.answers is not None and self.threshold is None:
             raise ConfigError("privacy.answers limits confident answers: give privacy.threshold too")
         return self
@@ -152,6 +165,8 @@ class PrivacyConfig(BaseModel):
 
         if self.secure_sum:
             self._check_sum(method, population)
+        if self.taught == "odds" and method.upload is Votes:
+            raise ConfigError(f"privacy.taught odds are probabilities, and {method.name} takes votes. Use ds_fl or cfd")
         if self.kind == "none":
             return
         if method.pools_data:

@@ -20,6 +20,7 @@ from simulations.tables import HERE, made_with, percent, run
 
 RECORDS = 1438
 EPSILONS = ("8", "4", "2", "1")
+ODDS = ["privacy.taught=odds"]
 
 
 def _steps(q: float, epochs: int, lr: float, clip: float) -> list[str]:
@@ -56,10 +57,10 @@ SETTINGS: dict[str, tuple[str, dict[str, list[str]]]] = {
         "digits-client-privacy.yaml",
         {
             "none": ["proxy_per_round=438"],
-            "8": _asked(200, 0.3, 0.01),
-            "4": _asked(100, 0.3, 0.01),
-            "2": _asked(50, 0.05, 0.02),
-            "1": _asked(25, 0.05, 0.05),
+            "8": [*_asked(438, 0.1, 0.01), *ODDS],
+            "4": [*_asked(438, 0.1, 0.01), *ODDS],
+            "2": [*_asked(50, 0.05, 0.02), *ODDS],
+            "1": [*_asked(25, 0.05, 0.05), *ODDS],
         },
     ),
     "labels": (

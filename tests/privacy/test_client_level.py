@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ import torch
 from harness import merged
 
 from fedkd import simulate
-from fedkd.algorithms.base import Answer, Card
+from fedkd.algorithms.base import Algorithm, Answer, Card
 from fedkd.collected import Collected
 from fedkd.errors import ConfigError
 from fedkd.experiment import validate
-from fedkd.payloads import SoftLabels
+from fedkd.payloads import SoftLabels, Votes
 from fedkd.privacy.client_level import (
     ClientLevel,
     ConfidentGnmax,
@@ -25,6 +26,7 @@ from fedkd.privacy.client_level import (
     clipped_sum,
     count_votes,
     largest_norm,
+    odds,
     project_simplex,
 )
 from fedkd.privacy.events import Event, epsilon
@@ -129,6 +131,40 @@ def test_votes_are_decided_by_noise_of_the_size_claimed() -> None:
     assert abs(share - norm.cdf(3 / (sigma * math.sqrt(2)))) < 6 * error
     for wrong in (2 / 3, 3 / 2):
         assert abs(share - norm.cdf(3 / (wrong * sigma * math.sqrt(2)))) > 6 * error
+
+
+def test_odds_are_those_of_bayes_and_cost_what_winners_cost() -> None:
+    """Among queries with odds near p, the class is right with chance p; more noise makes them flatter."""
+    rng = torch.Generator().manual_seed(0)
+    clients, agreement, sigma, many = 100, 0.4, 25.0, 20_000
+    right = torch.randint(0, C, (many,), generator=rng)
+    chances = torch.full((many, C), (1 - agreement) / (C - 1), dtype=torch.float64)
+    chances[torch.arange(many), right] = agreement
+    voted = torch.multinomial(chances, clients, replacement=True, generator=rng)
+    counts = torch.nn.functional.one_hot(voted, C).double().sum(1)
+    told = odds(counts + sigma * torch.randn(many, C, dtype=torch.float64, generator=rng), sigma, clients, agreement)
+    assert torch.allclose(told.sum(-1), torch.ones(many, dtype=torch.float64))
+    hit = torch.nn.functional.one_hot(right, C).double()
+    for low, high in ((0.02, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 0.9)):
+        there = (told > low) & (told < high)
+        assert float(hit[there].mean()) == pytest.approx(float(told[there].mean()), abs=0.03)
+    both = [made("votes", privacy={"taught": how, "agreement": 0.4}) for how in ("winner", "odds")]
+    assert both[0].price() == both[1].price()
+    labels, answered = both[1].aggregate(Collected(answers()), both[1]._noise("x"))
+    assert answered.tolist() == list(range(Q)) and 0.1 < float(labels.max(-1).values.mean()) < 1
+    with pytest.raises(ConfigError, match="more than chance"):
+        odds(counts, sigma, clients, 0.1)
+
+
+@pytest.mark.parametrize("words", [{"privacy": {"kind": "labels"}}, {"privacy": {"secure_sum": True}}])
+def test_odds_where_there_are_no_noisy_counts_are_refused(words: dict[str, Any]) -> None:
+    raw = {"algorithm": "ds_fl", "privacy": {"kind": "votes", "epsilon": 4, "taught": "odds"}}
+    with pytest.raises(ConfigError, match="taught=winner"):
+        validate(merged(raw, words))
+    good = validate(raw)
+    takes_votes = cast(Algorithm, SimpleNamespace(name="tally", upload=Votes, pools_data=False))
+    with pytest.raises(ConfigError, match="tally takes votes"):
+        good.privacy.check(takes_votes, good.population)
 
 
 def test_confident_gnmax_answers_where_clients_agree_and_charges_the_worst_case() -> None:
