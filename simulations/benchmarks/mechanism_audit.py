@@ -83,12 +83,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=RUNS, help="releases without, and as many with the worst unit")
     parser.add_argument("--times", type=int, default=3, help="audits of each")
     parser.add_argument("--json", type=Path, default=HERE / "benchmarks" / "mechanism_audit.json")
+    parser.add_argument("--only", default=",".join(MECHANISMS), help="comma list of mechanisms")
     words = parser.parse_args(argv)
     rows: dict[str, dict[str, Any]] = {}
     table = Table(title=f"epsilon at least, at 95 %; {CLAIM:g} is claimed; {words.runs:,} runs, {words.times} times")
     for title in ("mechanism", *FAULTS, "caught"):
         table.add_column(title, justify="left" if title == "mechanism" else "right")
-    for kind, overrides in MECHANISMS.items():
+    for kind in words.only.split(","):
+        overrides = MECHANISMS[kind]
         common = ["rounds=1", "proxy_per_round=20", "algorithm.aggregation=mean", *overrides]
         experiment = load(HERE / "digits-votes-dp.yaml", common)[0][1]
         site, rows[kind] = Site.load(experiment), {}
