@@ -6,6 +6,7 @@ frozen function that returns a scalar: see :class:`fedkd.losses.base.Loss`.
 
 from fedkd.losses.base import Loss, TrainedLoss
 from fedkd.losses.contrastive import CRD, InfoNCE
+from fedkd.losses.exemplar import PrototypeAlignment
 from fedkd.losses.feature import AttentionTransfer, FitNet, ReviewKD
 from fedkd.losses.graph import ContextRanking, RepresentationSimilarity
 from fedkd.losses.relation import (
@@ -51,6 +52,7 @@ LOSSES: dict[str, type[Loss]] = {
     "infonce": InfoNCE,
     "similarity": RepresentationSimilarity,
     "context_ranking": ContextRanking,
+    "prototypes": PrototypeAlignment,
 }
 """Losses by the short names that experiments use."""
 
@@ -71,6 +73,7 @@ __all__ = [
     "LogitStandardisedKD",
     "Loss",
     "ProbabilisticTransfer",
+    "PrototypeAlignment",
     "RKDAngle",
     "RKDDistance",
     "RepresentationSimilarity",

@@ -27,6 +27,7 @@ from fedkd.losses import (
     LogitStandardisedKD,
     Loss,
     ProbabilisticTransfer,
+    PrototypeAlignment,
     RepresentationSimilarity,
     ReviewKD,
     RKDAngle,
@@ -184,6 +185,11 @@ def f_ranking(s: Rows, t: Rows, y: Rows) -> float:
     return float(np.mean(values))
 
 
+def f_prototypes(s: Rows, t: Rows, y: Rows) -> float:
+    gaps = [((s[y == c].mean(0) - t[y == c].mean(0)) ** 2).mean() for c in y]
+    return float(np.mean(gaps))
+
+
 FORMULAS: list[tuple[Loss, Callable[[Rows, Rows, Rows], float]]] = [
     (CrossEntropy(), f_ce),
     (KD(), f_kd),
@@ -202,6 +208,7 @@ FORMULAS: list[tuple[Loss, Callable[[Rows, Rows, Rows], float]]] = [
     (InfoNCE(), f_nce),
     (RepresentationSimilarity(), f_inner),
     (ContextRanking(), f_ranking),
+    (PrototypeAlignment(), f_prototypes),
 ]
 RELATIONS: list[Loss] = [
     RKDDistance(),

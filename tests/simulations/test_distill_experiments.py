@@ -22,7 +22,17 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    ["omitted_digit", "graphs nodes", "graphs nodes --inductive", "graphs links", "graphs clusters"],
+    [
+        "omitted_digit",
+        "graphs nodes --all",
+        "graphs nodes --inductive",
+        "graphs links",
+        "graphs clusters",
+        "grid",
+        "online",
+        "teacher_size",
+        "exemplars",
+    ],
 )
 def test_an_experiment_runs(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, *words = command.split()
