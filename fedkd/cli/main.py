@@ -15,8 +15,10 @@ from rich.table import Table
 
 from fedkd.cli.audit import audit
 from fedkd.cli.deploy import doctor, provision_app, server_app
+from fedkd.cli.papers import app as papers_app
 from fedkd.cli.privacy import app as privacy_app
 from fedkd.cli.privacy import epsilon_line
+from fedkd.cli.proxy import app as proxy_app
 from fedkd.errors import FedkdError
 
 app = typer.Typer(
@@ -27,6 +29,8 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments before they run.")
 app.add_typer(config_app, name="config")
 app.add_typer(privacy_app, name="privacy")
+app.add_typer(papers_app, name="papers")
+app.add_typer(proxy_app, name="proxy")
 app.command()(audit)
 app.add_typer(provision_app, name="provision")
 app.add_typer(server_app, name="server")
