@@ -255,6 +255,8 @@ def test_a_lost_class_is_told_of(tmp_path: Path) -> None:
     mean = sum(share * int(of) for share, of in zip(shares, totals, strict=True)) / int(totals.sum())
     assert mean == pytest.approx(done.summary["accuracy"]["student"])
     assert "hardly" not in " ".join(done.summary["notes"]), "after one round nothing is learned yet"
+    assert simulate._lost(site, [0.9, 0.03, *[0.8] * 7, None]) == []
+    site = simulate.Site.load(experiment("ds_fl", rounds=5))
     told = " ".join(simulate._lost(site, [0.9, 0.03, *[0.8] * 7, None]))
     assert "1 (3 %, " in told and told.count("holders") == 1
     assert simulate._lost(site, [0.9, 0.3, *[0.8] * 8]) == []
