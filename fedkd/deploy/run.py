@@ -13,6 +13,7 @@ from typing import Any
 from fedkd.deploy.control import Control, ControlError
 from fedkd.deploy.kit import ServerKit
 from fedkd.deploy.serve import NETWORK, Standing, run_folder
+from fedkd.deploy.supervise import Process
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.experiment import Experiment
 from fedkd.simulate import CONFIG, ROWS, SUMMARY
@@ -54,9 +55,20 @@ def resume(kit: ServerKit, name: str) -> Path:
     """
     folder = run_folder(kit, name)
     standing = Standing.read(folder)
-    if standing.phase != "finished" and not _alive(kit, standing):
-        _launch(kit, folder, standing)
+    if standing.phase == "finished":
+        return folder
+    if _alive(kit, standing):
+        if not killed(standing):
+            return folder
+        # Flower would find out by the missing heartbeats, half a minute later.
+        stop(kit, name)
+    _launch(kit, folder, standing)
     return folder
+
+
+def killed(standing: Standing) -> bool:
+    """Tell whether a run's process has ended without a word: killed by force, or by a power cut."""
+    return standing.phase in ("waiting", "running") and Process.of(standing.pid) is None
 
 
 def _alive(kit: ServerKit, standing: Standing) -> bool:
@@ -154,6 +166,8 @@ def follow(kit: ServerKit, folder: Path) -> Iterator[Mapping[str, Any]]:
 
 def _lost(kit: ServerKit, standing: Standing) -> str | None:
     """Return why a run will not go on, although it did not say so itself."""
+    if killed(standing):
+        return "its process was killed"
     control = Control(kit)
     try:
         state = control.state(standing.flower_run)

@@ -89,7 +89,10 @@ def serve(grid: Any, context: Any) -> None:
             _play(kit, grid, folder, mine)
         except BaseException as cause:
             words = " ".join(str(cause).split()) or type(cause).__name__
-            Standing(mine.token, mine.flower_run, "failed", words[:500], mine.pid).write(folder)
+            log.error("%s ended: %s", folder.name, words[:500])
+            # A run that was resumed meanwhile, after SuperLink was killed under this process, is its successor's.
+            if Standing.read(folder).flower_run == mine.flower_run:
+                Standing(mine.token, mine.flower_run, "failed", words[:500], mine.pid).write(folder)
             raise
         Standing(mine.token, mine.flower_run, "finished", "", mine.pid).write(folder)
 

@@ -102,6 +102,7 @@ class Soak:
 
     net: Loopback
     wanted: int
+    until: float
     rng: np.random.Generator
     began: float = field(default_factory=time.monotonic)
     kills: list[Kill] = field(default_factory=list)
@@ -113,7 +114,7 @@ class Soak:
 
     # ---- the killer -------------------------------------------------------------------------------------------------
     def kill_on(self, round_seconds: float) -> None:
-        """Kill until all kills are spent; a thread of its own."""
+        """Kill until all kills, or the time, are spent; a thread of its own."""
         while len(self.kills) < self.wanted and not self.done.is_set():
             if self.rng.random() < 0.75:
                 self._wait(lambda: self._phase() == "running")
@@ -124,6 +125,9 @@ class Soak:
             if not self.order:
                 self.order = [VICTIMS[i] for i in self.rng.permutation(len(VICTIMS))]
             victim = self.order.pop()
+            if time.monotonic() > self.until:
+                self.wanted = len(self.kills)
+                return
             phase, rounds = self._phase(), self._rounds()
             if not self.done.is_set() and self._kill(victim):
                 kill = Kill(victim, round(time.monotonic() - self.began, 1), self.run, phase, rounds)
@@ -235,14 +239,13 @@ def soak(words: argparse.Namespace, folder: Path) -> dict[str, Any]:
     calm = simulate.start(chosen, folder / "calm").folder
     outcomes: list[Outcome] = []
     with Loopback(folder, words.clients, digits(words.clients, proxy=PROXY)) as net:
-        state = Soak(net, 0, np.random.default_rng(words.seed))
+        state = Soak(net, words.kills, time.monotonic() + 60 * words.limit, np.random.default_rng(words.seed))
         net.start()
         # The first run is left in peace: it says how long a round takes, and that the two agree without any kill.
-        while len(state.kills) < words.kills or not outcomes:
+        killer: threading.Thread | None = None
+        while len(state.kills) < state.wanted or not outcomes:
             before = len(state.kills)
-            killer = None
-            if outcomes and state.wanted == 0:
-                state.wanted = words.kills
+            if outcomes and killer is None:
                 pace = float(np.median([row["seconds"] for row in runs.read_rows(runs.run_folder(net.kit, "soak-00"))]))
                 killer = threading.Thread(target=state.kill_on, args=(pace,), daemon=True)
                 killer.start()
@@ -309,6 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=8, help="of each run")
     parser.add_argument("--algorithm", default="ds_fl")
     parser.add_argument("--codec", default="float32")
+    parser.add_argument("--limit", type=float, default=60, help="Minutes after which nothing is killed any more.")
     parser.add_argument("--minutes", type=float, default=10, help="A run that takes longer has failed.")
     parser.add_argument("--work", type=Path, help="An empty folder to work in, which stays; default: a temporary one.")
     parser.add_argument("--json", type=Path, default=HERE / "benchmarks" / "soak.json")
