@@ -3,7 +3,7 @@
 Each mechanism claims epsilon 4 at delta 1e-5 for one release, and is run 20,000 times with and 20,000 times without the worst
 unit, as ``fedkd audit`` does: as it is, with half of its noise, and with a share of one unit 1.5 times as long as its clip
 allows. An audit is right where the bound of a correct mechanism stays under the claim and those of the broken ones exceed it.
-Noise comes from the system's entropy, so that figures differ a little from one time to the next: three times each.
+Noise comes from the system's entropy, so that figures differ a little from one time to the next.
 """
 
 from __future__ import annotations
