@@ -108,14 +108,14 @@ class _Work:
         if any(c >= self.classes for c in experiment.omit):
             raise ConfigError(f"omit names class {max(experiment.omit)}, the data have classes 0 to {self.classes - 1}")
         self.bounds = _bounds(split.train)
-        self.full, self.test = _records(split.train), _records(split.test)
+        self.full, self.test = records(split.train), records(split.test)
         seen = np.flatnonzero(~np.isin(split.train.y, experiment.omit))
-        self.train = _records(split.train.select(seen)) if experiment.omit else self.full
+        self.train = records(split.train.select(seen)) if experiment.omit else self.full
         if not experiment.labels:
             self.train = Records(size=self.train.size, x=self.train.x, identity=self.train.identity)
 
     def run(self) -> Distilled:
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         experiment = self.experiment
         teachers = [self._teacher(i, config) for i, config in enumerate(experiment.teacher)]
         members = [(t, c.weight) for t, c in zip(teachers, experiment.teacher, strict=True)]
@@ -148,7 +148,8 @@ class _Work:
             self._fit(lonely, self.train, "alone", experiment.training)
             summary["accuracy"]["alone"] = self._accuracy(alone)
             summary["accuracy_by_class"]["alone"] = self._by_class(alone)
-        summary |= {"seconds": time.perf_counter() - began, "versions": versions(), "git_revision": git_revision()}
+        summary |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+        summary |= {"versions": versions(), "git_revision": git_revision()}
         self._keep(self.student, experiment.student, self.folder / STUDENT)
         write_json(self.folder / SUMMARY, summary)
         return Distilled(self.folder, summary)
@@ -342,7 +343,8 @@ class _Work:
         write_atomic(path, pack_tensors(dict(model.state_dict()), {"fedkd": json.dumps(note)}))
 
 
-def _records(data: Dataset) -> Records:
+def records(data: Dataset) -> Records:
+    """Return a data set as records for a distiller."""
     identity = data_identity([np.asarray(data.x)]) + repr(data.scaling)
     return Records(
         size=len(data),
