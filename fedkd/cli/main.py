@@ -209,7 +209,7 @@ def compare(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run or sweep folder.")],
+    run: Annotated[Path, typer.Argument(help="A run, a sweep, or a run of `fedkd distill`.")],
     to: Annotated[Path | None, typer.Option("--out", help="The HTML file; default RUN/report.html.")] = None,
 ) -> None:
     """Write one self-contained HTML file about a run."""

@@ -1032,11 +1032,14 @@ summary{color:inherit}*{print-color-adjust:exact;-webkit-print-color-adjust:exac
 """
 
 
-def _page(title: str, lines: Sequence[str], sections: Sequence[Section]) -> str:
+def page(title: str, lines: Sequence[str], sections: Sequence[Section], *, images: bool = False) -> str:
+    """A whole page; `images` lets it show pictures that it holds itself."""
+    shown = " img-src data:;" if images else ""
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
         # Should a name ever slip through unescaped, the browser still runs nothing and asks nobody.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n",
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
+        f"{shown} style-src 'unsafe-inline'\">\n",
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n",
         f"<header><h1>{escape(title)}</h1>{''.join(paragraph(line) for line in lines)}</header>\n",
@@ -1069,7 +1072,7 @@ def render_run(run: Run) -> str:
     if run.overrides:
         lines.append(", ".join(f"{key} = {value}" for key, value in run.overrides.items()))
     found = [made for section in RUN_SECTIONS if (made := section(run)) is not None]
-    return _page(run.name, lines, found)
+    return page(run.name, lines, found)
 
 
 def render_sweep(sweep: Sweep) -> str:
@@ -1077,21 +1080,25 @@ def render_sweep(sweep: Sweep) -> str:
     groups = group_seeds(sweep.runs)
     lines = [f"{counted(len(sweep.runs), 'run')}, {counted(len(groups), 'point')}"]
     found = [made for section in SWEEP_SECTIONS if (made := section(sweep)) is not None]
-    return _page(sweep.name, lines, found)
+    return page(sweep.name, lines, found)
 
 
 def write_report(path: str | Path, out: str | Path | None = None) -> Path:
-    """Write the report of a run or sweep folder.
+    """Write the report of a run, a sweep, or a run of `fedkd distill`.
 
     Args:
-        path: A run folder or a sweep folder.
+        path: A run folder, a sweep folder, or the folder of a finished run of `fedkd distill`.
         out: The file to write, or a folder for it; by default `report.html` inside `path`.
 
     Returns:
         The file that was written.
     """
+    from fedkd.report.distill import is_distill, render
+
     path = Path(path)
-    if is_run(path):
+    if is_distill(path):
+        text = render(path)
+    elif is_run(path):
         text = render_run(Run.read(path))
     elif is_sweep(path):
         sweep = Sweep.read(path)
@@ -1102,9 +1109,8 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
         text = render_sweep(sweep)
     else:
         raise FedkdError(
-            f"Expected a run folder (with {ROUNDS_FILE}) or a sweep folder (with {SWEEP_FILE}) at {path},"
-            f" but there is"
-            " neither; give a folder that `fedkd simulate` wrote."
+            f"Expected a run folder (with {ROUNDS_FILE}), a sweep folder (with {SWEEP_FILE}) or a finished distillation"
+            f" at {path}, but there is none of them; give a folder that `fedkd simulate` or `fedkd distill` wrote."
         )
     target = Path(out) if out is not None else path / "report.html"
     if target.is_dir():

@@ -216,7 +216,7 @@ def test_where_it_goes(write_run: WriteRun, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FedkdError, match="cannot make the folder"):
         write_report(folder, tmp_path / "file" / "x.html")
-    with pytest.raises(FedkdError, match="there is neither"):
+    with pytest.raises(FedkdError, match="there is none of them"):
         write_report(tmp_path / "nowhere")
 
 
