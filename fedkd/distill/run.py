@@ -223,6 +223,8 @@ class _Work:
         device = experiment.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device=cuda, but torch finds no GPU here: take device=auto or device=cpu")
         work = DataFree(
             self.student,
             asked,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedkd.distill.datafree.base import Form, Maker, Synthesizer
 from fedkd.distill.datafree.guides import Guide
 from fedkd.distill.datafree.pool import Pool
 from fedkd.distill.distiller import Epoch, Fit
+from fedkd.errors import ConfigError
 from fedkd.seeding import key
 from fedkd.storage import StorageError, pack_tensors, read_bundle, unpack_tensors, write_bundle
 from fedkd.store import read_metadata
@@ -69,6 +71,9 @@ class DataFree:
             checkpoint: folder that is written after every epoch; where it holds an earlier epoch, training goes on from
                 there, bit for bit.
             watch: called after every epoch.
+        Raises:
+            ConfigError: the student diverged.
+            StorageError: the checkpoint is of another student or method.
         """
         optimizer = self.how.build([p for p in self.student.parameters() if p.requires_grad])
         first = self._restore(checkpoint, optimizer) if checkpoint is not None else 0
@@ -103,6 +108,10 @@ class DataFree:
                 optimizer.step()
                 total, steps = total + float(loss.detach()), steps + 1
         mean = total / max(steps, 1)
+        if not math.isfinite(mean):
+            raise ConfigError(
+                f"the student's loss is {mean} in epoch {epoch + 1} of {self.method.name}: it diverged; lower training.lr"
+            )
         return Epoch(epoch, rate, mean, {self.method.name: mean, "queries": float(self.guide.queries)})
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -125,7 +134,7 @@ class DataFree:
             return 0
         data = read_bundle(folder)["datafree.safetensors"]
         note = json.loads(read_metadata(data)["datafree"])
-        tensors = unpack_tensors(data, str(folder))
+        tensors = {name: t.to(self.device) for name, t in unpack_tensors(data, str(folder)).items()}
         try:
             self.student.load_state_dict(_below(tensors, "student|"))
             for name, module in self.maker.modules.items():

@@ -170,6 +170,15 @@ def test_a_method_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
     assert [vars(e) for e in whole.log] == [vars(e) for e in resumed.log]
 
 
+def test_a_student_that_diverges_is_told() -> None:
+    settings = {"name": "noise", "batch_size": 8, "makes_per_epoch": 40}
+    how = Fit(epochs=3, batch_size=8, lr=1e20)
+    torch.manual_seed(0)
+    guide = ModelsGuide([mlp(FORM.shape, 3)])
+    with pytest.raises(ConfigError, match=r"diverged; lower training\.lr"):
+        DataFree(mlp(FORM.shape, 3), guide, build(settings), FORM, fit=how).run()
+
+
 @pytest.mark.parametrize(
     ("section", "says"),
     [

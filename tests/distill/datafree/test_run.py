@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fedkd.cli.main import app
@@ -71,6 +72,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(teacher: Path, tmp_path: Path) -
     resume(tmp_path / "cut")
     for name in ("student.safetensors", "pool.npz"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="finds no GPU"):
+        start(load(None, [f"teacher={teacher}", *SMALL, "data=none", "device=cuda"])[0][1], tmp_path / "run")
 
 
 @pytest.mark.parametrize(
