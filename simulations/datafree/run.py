@@ -98,7 +98,7 @@ def over_seeds(
     for seed in seeds:
         folder = out / name / f"seed-{seed}"
         if name == "data":
-            about = [*first, *quick, *(teach if seed == 1 else [teacher]), f"seed={seed}"]
+            about = [*first, *(teach if seed == 1 else [teacher]), f"seed={seed}"]
             runs.append(done(HERE / "teacher.yaml", about, folder))
             continue
         about = [teacher, f"student={pair[1]}", f"seed={seed}", *quick]

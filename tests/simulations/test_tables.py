@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedkd.distill.config import load as load_distillation
-from fedkd.experiment import load
+from fedkd.experiment import load, read_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     "path", sorted(p for p in ROOT.glob("simulations/**/*.yaml") if p.parent.name != "tables"), ids=lambda p: p.stem
 )
 def test_every_experiment_is_valid(path: Path) -> None:
-    if path.parent.name == "distill":
+    # What a distillation alone has: the student at the top.
+    if "student" in read_yaml(path):
         ((varying, distillation),) = load_distillation(path)
         assert distillation.chosen
     else:
@@ -62,3 +63,22 @@ def test_the_rounds_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert rows["synchronous"]["mb_per_device_to_target"] == [None, None]
     assert "| - (2 of 2 never) | - |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_distillation_without_data_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from simulations.datafree.run import main
+
+    words = ["digits", "--small", "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "d.json")]
+    main([*words, "--methods", "other,dfad", "--seeds", "1,2"])
+    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert list(rows) == ["digits plain other", "digits plain dfad"]
+    assert len(set(rows["digits plain dfad"]["teacher"])) == 1 and len(rows["digits plain dfad"]["student"]) == 2
+    assert rows["digits plain other"]["teacher"] == rows["digits plain dfad"]["teacher"]
+    assert "agreement" in capsys.readouterr().out
+    # Finished runs are reused, and rows are added to those that are there.
+    main([*words, "--methods", "dfad,data", "--seeds", "2"])
+    again = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert list(again) == ["digits plain other", "digits plain dfad", "digits plain data"]
+    assert again["digits plain dfad"]["student"] == rows["digits plain dfad"]["student"][1:]
+    assert capsys.readouterr().err.count("+ fedkd distill") == 1
