@@ -79,7 +79,7 @@ def test_weights_come_from_the_seed_alone() -> None:
 
 REFUSED = [
     ("mpl", IMAGE, r"no model is named 'mpl'. Did you mean 'mlp'"),
-    ("transformer9000", IMAGE, r"Known: cnn, lenet, lenet_half, logreg, mlp, resnet"),
+    ("transformer9000", IMAGE, r"Known: cnn, lenet, lenet_half, logreg, mlp, own, resnet"),
     ("mlp(hidden=[3)", IMAGE, r"options of model"),
     ("mlp(3)", IMAGE, r"mlp\(3\)"),
     ("mlp(hiden=[3])", IMAGE, r"hiden"),

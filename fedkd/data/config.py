@@ -10,7 +10,7 @@ from fedkd.errors import ConfigError
 
 Source = Literal[
     "digits", "breast_cancer", "wine", "mnist", "fashion_mnist", "cifar10", "npz", "csv", "parquet", "images",
-    "heart_disease", "hf",
+    "heart_disease", "fsdd", "hf",
 ]  # fmt: skip
 
 

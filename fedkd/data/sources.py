@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkd.data import readers
+from fedkd.data.audio import read_fsdd
 from fedkd.data.config import DataConfig
 from fedkd.data.dataset import Dataset, Split
 from fedkd.data.records import Part, Records
@@ -64,6 +65,7 @@ SOURCES: dict[str, Callable[[DataConfig], Records]] = {
     "parquet": readers.read_table,
     "images": readers.read_images,
     "heart_disease": readers.read_heart_disease,
+    "fsdd": read_fsdd,
     "hf": readers.read_hub,
 }
 

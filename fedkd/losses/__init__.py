@@ -5,7 +5,15 @@ frozen function that returns a scalar: see :class:`fedkd.losses.base.Loss`.
 """
 
 from fedkd.losses.base import Loss, TrainedLoss
-from fedkd.losses.contrastive import CRD, InfoNCE
+from fedkd.losses.contrastive import CRD, CompositionalContrast, InfoNCE
+from fedkd.losses.dense import (
+    ChannelWise,
+    Detection,
+    FeatureImitation,
+    HeadDistillation,
+    PixelCrossEntropy,
+    PixelKD,
+)
 from fedkd.losses.exemplar import PrototypeAlignment
 from fedkd.losses.feature import AttentionTransfer, FitNet, ReviewKD
 from fedkd.losses.graph import ContextRanking, RepresentationSimilarity
@@ -50,9 +58,16 @@ LOSSES: dict[str, type[Loss]] = {
     "cc": CorrelationCongruence,
     "crd": CRD,
     "infonce": InfoNCE,
+    "ccl": CompositionalContrast,
     "similarity": RepresentationSimilarity,
     "context_ranking": ContextRanking,
     "prototypes": PrototypeAlignment,
+    "pixel_ce": PixelCrossEntropy,
+    "pixel_kd": PixelKD,
+    "cwd": ChannelWise,
+    "fpn": FeatureImitation,
+    "detection": Detection,
+    "head": HeadDistillation,
 }
 """Losses by the short names that experiments use."""
 
@@ -64,14 +79,21 @@ __all__ = [
     "LOSSES",
     "AttentionTransfer",
     "BetaJensenShannon",
+    "ChannelWise",
+    "CompositionalContrast",
     "ContextRanking",
     "CorrelationCongruence",
     "CrossEntropy",
+    "Detection",
+    "FeatureImitation",
     "FitNet",
+    "HeadDistillation",
     "InfoNCE",
     "LogitRegression",
     "LogitStandardisedKD",
     "Loss",
+    "PixelCrossEntropy",
+    "PixelKD",
     "ProbabilisticTransfer",
     "PrototypeAlignment",
     "RKDAngle",

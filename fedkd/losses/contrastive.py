@@ -140,3 +140,90 @@ class _Contrast(nn.Module):
         missed = (F.logsigmoid(-rest) * allowed).sum(1)
         values = -(F.logsigmoid(mine) + missed)
         return values.mean() if weight is None else (values * weight).sum()
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CompositionalContrast(TrainedLoss):
+    """CCL: student, teacher and their composition drawn together class by class, across kinds of input.
+
+    Y. Chen, Y. Xian, A. Koepke, Y. Shan, Z. Akata, "Distilling Audio-Visual Knowledge by Compositional Contrastive Learning",
+    CVPR 2021, https://arxiv.org/abs/2104.10955. With f_t and f_v the teacher's and the student's features in one width, the
+    composition is f_m = f_t + Linear([f_t; f_v]) and has a classifier of its own. The loss is CE of that classifier +
+    class-aware noise contrast both ways between each two of student, composition and teacher (a record's positives are all
+    records of its class in the batch; the mean of the six directions) + the symmetric KL of the student's and the
+    composition's class probabilities. Published temperature: 0.5 for audio, 0.1 for image teachers.
+
+    Taps: features and logits of both models, ``student=("inner.body", "inner.head")``. Needs labels.
+    Deviations: both models' features pass a linear layer to ``dimensions``, as their widths differ; the three parts have
+    one weight.
+    """
+
+    paper: ClassVar[str] = "Chen et al. 2021"
+
+    temperature: float = 0.1  # tau
+    dimensions: int = 64
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}, expected a number above 0")
+
+    def build(
+        self, student: tuple[torch.Size, ...], teacher: tuple[torch.Size, ...], records: int, classes: int
+    ) -> nn.Module:
+        if len(student) != 2 or len(teacher) != 2:
+            raise ValueError(
+                f"CompositionalContrast takes features and logits of both models, got {len(student)} and {len(teacher)} taps"
+            )
+        return _Composition(self, math.prod(student[0][1:]), math.prod(teacher[0][1:]), classes)
+
+
+class _Composition(nn.Module):
+    def __init__(self, loss: CompositionalContrast, student: int, teacher: int, classes: int) -> None:
+        super().__init__()
+        self.loss = loss
+        self.student, self.teacher = nn.Linear(student, loss.dimensions), nn.Linear(teacher, loss.dimensions)
+        self.compose = nn.Linear(2 * loss.dimensions, loss.dimensions)
+        self.head = nn.Linear(loss.dimensions, classes)
+
+    def forward(
+        self,
+        student: tuple[Tensor, ...],
+        teacher: tuple[Tensor, ...],
+        labels: Tensor | None,
+        index: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        if labels is None:
+            raise ValueError("CompositionalContrast needs true labels, and these records have none: leave the term out")
+        v, t = self.student(student[0].flatten(1)), self.teacher(teacher[0].flatten(1))
+        m = t + self.compose(torch.cat([t, v], 1))
+        shares = torch.full((len(v),), 1 / len(v), dtype=v.dtype) if weight is None else weight
+        own = self.head(m)
+        total = (F.cross_entropy(own, labels, reduction="none") * shares).sum()
+        ways = [(v, m), (m, v), (v, t), (t, v), (m, t), (t, m)]
+        total = (
+            total + torch.stack([class_contrast(a, b, labels, self.loss.temperature, shares) for a, b in ways]).mean()
+        )
+        p, q = student[1].log_softmax(-1), own.log_softmax(-1)
+        apart = ((p.exp() - q.exp()) * (p - q)).sum(-1) / 2
+        found: Tensor = total + (apart * shares).sum()
+        return found
+
+
+def class_contrast(
+    anchors: Tensor, others: Tensor, labels: Tensor, temperature: float, weight: Tensor | None = None
+) -> Tensor:
+    """Return the mean over anchors of -mean over others of the same class of log softmax(cosine / temperature).
+
+    Args:
+        anchors, others: [B, D], row by row of the same records.
+        labels: [B].
+        weight: [B], sums to 1, 0 for padding.
+    """
+    shares = torch.full((len(anchors),), 1 / len(anchors), dtype=anchors.dtype) if weight is None else weight
+    scores = unit(anchors) @ unit(others).T / temperature
+    scores = scores.masked_fill((shares == 0).unsqueeze(0), torch.finfo(scores.dtype).min)
+    same = (labels.unsqueeze(0) == labels.unsqueeze(1)) & (shares > 0).unsqueeze(0)
+    logs = scores.log_softmax(1).masked_fill(~same, 0.0)
+    return -(logs.sum(1) / same.sum(1).clamp(min=1) * shares).sum()

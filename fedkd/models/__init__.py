@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fedkd.errors import ConfigError
 from fedkd.layers import BatchNorm1d, BatchNorm2d, prepare, situation
-from fedkd.models.registry import REGISTRY
+from fedkd.models.registry import DENSE, REGISTRY
 
 _SPEC = re.compile(r"^(?P<name>[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?)(\((?P<options>.*)\))?$")
 
@@ -197,11 +197,11 @@ def resolve(name: str) -> Callable[[tuple[int, ...], int], Any]:
     options = _options(name, match["options"])
     base = match["name"]
     if ":" not in base:
-        if base not in REGISTRY:
+        if base not in REGISTRY and base not in DENSE:
             near = difflib.get_close_matches(base, REGISTRY, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"no model is named {base!r}.{hint} Known: {', '.join(sorted(REGISTRY))}.")
-        factory: Any = REGISTRY[base]
+        factory: Any = REGISTRY[base] if base in REGISTRY else DENSE[base]
     else:
         module_name, attribute = base.split(":")
         try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkd.labeller import OWN
+from fedkd.models.dense import detector, segmenter
 
 Shape = tuple[int, ...]
 
@@ -151,3 +152,6 @@ REGISTRY: Mapping[str, Callable[..., Any]] = MappingProxyType(
         OWN: own,
     }
 )
+
+DENSE: Mapping[str, Callable[..., nn.Module]] = MappingProxyType({"segmenter": segmenter, "detector": detector})
+"""Models by name whose answers are maps; no classifiers, so that no experiment offers them."""

@@ -32,6 +32,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
         "online",
         "teacher_size",
         "exemplars",
+        "crossmodal",
+        "dense segment",
     ],
 )
 def test_an_experiment_runs(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
