@@ -39,11 +39,14 @@ def run(kit: ClientKit) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: node.stop.set())
         log.info("started for %s as client %d of %s", kit.name, kit.id, kit.server_address)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(node.close)
+            if kit.ops_port is not None:
+                from fedkd.deploy.nodeops import NodeOps
+
+                stack.callback(NodeOps(node, kit.ops_port).close)
             node.run()
-        finally:
-            node.close()
-            log.info("stopped")
+        log.info("stopped")
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ RENEW_SOON = timedelta(days=14)
 CLOCK_SECONDS = 60.0
 """Flower refuses signatures that are 5 s in the future or 305 s old; a clock that is a minute off drifts on."""
 FREE_MIB = {"server": 2048, "client": 1024}
-TRAINING_MIB, SERVER_MIB = 750, 1024
+TRAINING_MIB, LABELLING_MIB, SERVER_MIB = 750, 150, 1024
 NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME: to read a server's clock when ours may be wrong."""
 
@@ -310,6 +310,15 @@ def _data(kit: ClientKit) -> Iterator[Finding]:
         yield Finding("data", "problem", said, "may the user who runs the client read them?")
 
 
+def _labels_only(kit: ClientKit) -> bool:
+    from fedkd.deploy.localdata import read_local_data
+
+    try:
+        return read_local_data(kit.path("data.yaml")).model is not None
+    except FedkdError:
+        return False  # said by the check of data
+
+
 def _policy(kit: ClientKit) -> Iterator[Finding]:
     from fedkd.deploy.policy import read_policy
 
@@ -355,10 +364,10 @@ def available_mib() -> int | None:
 
 
 def _memory(kit: Kit) -> Iterator[Finding]:
-    if isinstance(kit, ClientKit):
-        wanted = TRAINING_MIB
-    else:
+    if isinstance(kit, ServerKit):
         wanted = SERVER_MIB
+    else:
+        wanted = LABELLING_MIB if isinstance(kit, ClientKit) and _labels_only(kit) else TRAINING_MIB
     found = available_mib()
     if found is None:
         return
@@ -389,10 +398,14 @@ def _versions(kit: Kit) -> Iterator[Finding]:
         yield Finding(
             "versions", "problem", "this is a 32-bit system", "install the 64-bit system: docs/raspberry-pi.md"
         )
-    if isinstance(kit, ServerKit) and (flower is None or not flower.startswith(FLOWER)):
+    if flower is None or not flower.startswith(FLOWER):
         bad = True
-        fix = "pip install --force-reinstall fedkd"
+        fix = f"pip install 'flwr>={FLOWER}0,<1.42'"
         yield Finding("versions", "problem", f"Flower {FLOWER}x is needed, {flower or 'none'} is installed", fix)
+    if torch is None and not (isinstance(kit, ClientKit) and _labels_only(kit)):
+        bad = True
+        fix = "pip install --index-url https://download.pytorch.org/whl/cpu torch"
+        yield Finding("versions", "problem", "torch is not installed, and this kit's part is to train", fix)
     if platform.machine() == "aarch64" and version("nvidia-cublas-cu12"):
         bad = True
         fix = "pip install torch --index-url https://download.pytorch.org/whl/cpu"

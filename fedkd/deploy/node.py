@@ -50,6 +50,7 @@ class Counters:
     refused: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    work_seconds: float = 0.0
 
 
 class Usage:
@@ -100,6 +101,8 @@ class Node:
         self.most_bytes = 2 * max_request_bytes + OVERHEAD_BYTES  # a request and a proxy set, and Flower's own words
         self.counters = Counters()
         self.stop = threading.Event()
+        self.trouble = ""
+        """Why the server could not be reached last, empty once it answers."""
 
     def _known_number(self) -> int | None:
         try:
@@ -158,7 +161,9 @@ class Node:
         except (MailError, ValueError) as cause:
             log.warning("a message was dropped: %s", cause)
             return True
+        began = time.monotonic()
         say = self.device.handle(ask)
+        self.counters.work_seconds += time.monotonic() - began
         if say.kind == "refused":
             self.counters.refused += 1
         self._send(lambda: reply_to(message, pack_say(say, self.key)), say)
@@ -184,17 +189,18 @@ class Node:
             return
 
     def _connect(self) -> None:
-        pause, told = RETRY_SECONDS[0], ""
+        pause, self.trouble = RETRY_SECONDS[0], ""
         while not self.stop.is_set():
             try:
                 number = self.link.connect()
             except LinkError as cause:
-                if str(cause) != told:
-                    told = str(cause)
+                if str(cause) != self.trouble:
+                    self.trouble = str(cause)
                     log.warning("%s; trying on", cause)
                 self.stop.wait(pause)
                 pause = min(RETRY_SECONDS[1], 2 * pause)
                 continue
+            self.trouble = ""
             log.info("online as node %d", number)
             try:
                 write_json(self.kit.state / NODE, {"node": number, "key": self._name})

@@ -242,6 +242,9 @@ def test_disk_memory_and_versions(kits: Path, monkeypatch: pytest.MonkeyPatch) -
     problem(folder, "versions", "1.39.0 is installed")
     (kits / "hospital-a" / "state").write_text("a file where a folder should be")
     problem(kits / "hospital-a", "disk", "cannot write")
+    problem(kits / "hospital-b", "versions", "1.39.0 is installed")
+    monkeypatch.setattr(doctor, "version", lambda package: None if package == "torch" else "1.41.0")
+    problem(kits / "hospital-b", "versions", "torch is not installed")
 
 
 def test_too_little_memory_is_a_problem(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +252,19 @@ def test_too_little_memory_is_a_problem(kits: Path, monkeypatch: pytest.MonkeyPa
     problem(kits / "hospital-a", "memory", "750 MiB are needed")
     monkeypatch.setattr(doctor, "available_mib", lambda: 900)
     assert [f.level for f in found(kits / "hospital-a", "memory")] == ["ok"]
+
+
+def test_a_client_that_only_labels_needs_neither_torch_nor_much_memory(
+    kits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = kits / "hospital-a"
+    (folder / "data.yaml").write_text("model: {path: model.onnx}\n")
+    problem(folder, "data", "model.onnx")
+    monkeypatch.setattr(doctor, "version", lambda package: None if package == "torch" else "1.41.0")
+    monkeypatch.setattr(doctor, "available_mib", lambda: 300)
+    assert [f.level for check in ("versions", "memory") for f in found(folder, check)] == ["ok", "ok"]
+    monkeypatch.setattr(doctor, "available_mib", lambda: 100)
+    problem(folder, "memory", "150 MiB are needed")
 
 
 def test_the_command_ends_with_1_where_there_is_a_problem(kits: Path) -> None:
