@@ -150,7 +150,11 @@ def test_every_metric_of_a_client_stands_in_its_table(tmp_path: Path) -> None:
 def commands() -> Iterator[Any]:
     for page in (DEPLOY, DEVICES, PI, ROOT / "README.md"):
         prose = page.read_text()
-        lines = [line for block in re.findall(r"```bash\n(.*?)```", prose, re.S) for line in block.splitlines()]
+        lines = [
+            line
+            for block in re.findall(r"```bash\n(.*?)```", prose, re.S)
+            for line in block.replace("\\\n", " ").splitlines()
+        ]
         for line in dict.fromkeys([*lines, *re.findall(r"`(fedkd [^`]+)`", prose)]):
             words = shlex.split(line, comments=True)
             at = (
