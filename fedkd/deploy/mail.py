@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +40,7 @@ SECTION, BODIES, TEXT, SIGNATURE = "fedkd", "fedkd-bodies", "text", "signature"
 MAX_TEXT_BYTES = 256 * 1024
 MAX_BODIES = 4
 MAX_WORDS = 500
+REASON = re.compile(r"[a-z_]{0,32}")
 
 
 class MailError(FedkdError):
@@ -146,8 +148,8 @@ def pack_say(say: Say, key: ec.EllipticCurvePrivateKey) -> RecordDict:
             "client": say.client,
             "round": say.round,
             "key": say.key,
-            "reason": say.reason[:MAX_WORDS],
-            "message": say.message[:MAX_WORDS],
+            "reason": say.reason,
+            "message": " ".join("".join(c if c.isprintable() else " " for c in say.message).split())[:MAX_WORDS],
         }
     )
     signature = key.sign(_signed(text, say.answer), ec.ECDSA(hashes.SHA256()))
@@ -184,7 +186,7 @@ def unpack_say(content: RecordDict, key: ec.EllipticCurvePublicKey) -> Say:
             client=_whole(text["client"]),
             round=_whole(text["round"]),
             key=_word(text["key"]),
-            reason=_word(text["reason"]),
+            reason=_code(text["reason"]),
             message=_word(text["message"]),
             answer=answer,
         )
@@ -210,6 +212,7 @@ def _open(content: RecordDict) -> tuple[dict[str, Any], dict[str, bytes], bytes]
         arrays = content.array_records[BODIES]
         if not isinstance(raw, str) or not isinstance(signature, bytes) or len(raw) > MAX_TEXT_BYTES:
             raise ValueError("its text is none, or too long")
+        raw.encode()  # half a surrogate is no text
         if len(arrays) > MAX_BODIES:
             raise ValueError(f"it has {len(arrays)} bodies")
         # Only the bytes are taken: what an array says of its type and shape is the sender's word.
@@ -223,8 +226,16 @@ def _open(content: RecordDict) -> tuple[dict[str, Any], dict[str, bytes], bytes]
 
 
 def _word(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_WORDS:
+    # What is printable cannot steer the operator's terminal, nor break a line of a log.
+    if not isinstance(value, str) or len(value) > MAX_WORDS or not value.isprintable():
         raise ValueError("expected a short text")
+    return value
+
+
+def _code(value: Any) -> str:
+    # It becomes a label of a metric.
+    if not isinstance(value, str) or not REASON.fullmatch(value):
+        raise ValueError("expected a reason code")
     return value
 
 
