@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -144,6 +144,7 @@ class NetworkRunner(Runner):
     Args:
         members: who may take part, by client number.
         post: carries the messages.
+        revoked: returns who takes no part any more; they are not waited for.
         stop: set by whoever wants the run to end.
     """
 
@@ -155,6 +156,7 @@ class NetworkRunner(Runner):
         post: Post,
         members: Mapping[int, Member],
         run: str,
+        revoked: Callable[[], Collection[int]] = tuple,
         stop: threading.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -164,7 +166,8 @@ class NetworkRunner(Runner):
         self.proxy = pack_proxy(site.proxy) if site.proxy is not None else None
         self.outline = outline(site, self.proxy)
         self.extra_bytes = 0
-        self._clock = clock
+        self._clock, self._revoked = clock, revoked
+        self._out: frozenset[int] = frozenset()
         self._online: Mapping[int, int] = {}
         self._looked = -1e9
 
@@ -174,6 +177,7 @@ class NetworkRunner(Runner):
         if self._clock() - self._looked >= NODES_SECONDS:
             nodes = self.post.online()
             self._online = {m.id: nodes[m.pem] for m in self.members.values() if m.pem in nodes}
+            self._out = frozenset(self._revoked())
             self._looked = self._clock()
         return self._online
 
@@ -217,10 +221,10 @@ class NetworkRunner(Runner):
                     del waiting[client]
                     answered += reply.body is not None
                     yield reply
-            for client in [c for c, w in waiting.items() if self._gone(w)]:
-                request = waiting.pop(client).request
-                words = f"client {client} was offline for {self.settings.offline_seconds:.0f} s"
-                yield Reply(client, request.round, None, words, reason="offline")
+            for client, words in [(c, self._gone(w)) for c, w in waiting.items()]:
+                if words:
+                    request = waiting.pop(client).request
+                    yield Reply(client, request.round, None, words, reason="offline")
             if waiting and (self._clock() > end or (answered and answered >= self.settings.quorum * asked)):
                 for client, late in sorted(waiting.items()):
                     yield Reply(client, late.request.round, None, "no answer before the round ended", reason="late")
@@ -320,9 +324,14 @@ class NetworkRunner(Runner):
             raise MailError("round", f"an answer to round {say.round} of {say.run!r}, not to what was asked")
         return say
 
-    def _gone(self, one: _Waiting) -> bool:
-        since = one.offline_since
-        return since is not None and self._clock() - since > self.settings.offline_seconds
+    def _gone(self, one: _Waiting) -> str:
+        """Return why a client is not waited for any more; nothing if it is."""
+        client, since = one.request.client, one.offline_since
+        if client in self._out or client not in self.members:
+            return f"client {client} was revoked"
+        if since is not None and self._clock() - since > self.settings.offline_seconds:
+            return f"client {client} was offline for {self.settings.offline_seconds:.0f} s"
+        return ""
 
     def _pause(self, seconds: float) -> None:
         self.stop.wait(seconds)

@@ -118,7 +118,7 @@ def _play(kit: ServerKit, grid: Any, folder: Path, standing: Standing) -> None:
     site = server_site(experiment, max(c.id for c in clients) + 1)
     open_ledger(site, folder, kit.state / LEDGER)
     post = GridPost(grid, int(experiment.deployment.max_answer_mib * 2**20))
-    runner = NetworkRunner(site, post, members, f"{folder.name}.{standing.token}")
+    runner = NetworkRunner(site, post, members, f"{folder.name}.{standing.token}", lambda: _revoked(kit))
     if not (folder / simulate.PARTITION).exists():
         names = {c.id: c.name for c in clients}
         note = {
@@ -130,6 +130,14 @@ def _play(kit: ServerKit, grid: Any, folder: Path, standing: Standing) -> None:
     runner.wait_for(experiment.population.minimum)
     Standing(standing.token, standing.flower_run, "running", "", standing.pid).write(folder)
     simulate.play(site, runner, folder, _Watch(experiment.deployment.max_failed_rounds), run=runner.run)
+
+
+def _revoked(kit: ServerKit) -> set[int]:
+    """Return who was revoked up to now. A list that is being written says nothing new."""
+    try:
+        return {client.id for client in kit.client_list().clients if client.revoked}
+    except ConfigError:
+        return set()
 
 
 class RunFailed(FedkdError):

@@ -158,6 +158,29 @@ def test_late_and_offline_devices_do_not_hold_up_a_round(network: Network, tmp_p
         assert (row["answered"], row["late"], row["dropped"], row["quarantined"]) == (1, 1, 1, [])
 
 
+def test_a_revoked_client_is_not_waited_for(network: Network, tmp_path: Path) -> None:
+    """One that was revoked before the run, and one in its midst: with an hour's patience for those who are offline."""
+    chosen = experiment(CLIENTS, rounds=3, deployment={"offline_seconds": 3600.0})
+    network.wire.offline = {2}
+    del network.members[2]
+    out: set[int] = set()
+    runner = network.runner(chosen)
+    runner._revoked = lambda: out
+
+    def watch(record: Any, rounds: int) -> None:
+        if record["round"] == 0:
+            out.add(1)
+            network.wire.offline.add(1)
+            runner._looked = -1e9
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    simulate.play(runner.site, runner, folder, watch, run=runner.run)
+    assert [(row["answered"], row["dropped"], row["failed"]) for row in rows(folder)] == [
+        (2, 1, None), (1, 2, None), (1, 2, None)
+    ]  # fmt: skip
+
+
 def test_a_quorum_ends_a_round_early(network: Network, tmp_path: Path) -> None:
     def silent(wire: Wire, client: int, ask: Ask, honest: Any) -> Any:
         return "silence" if client == 0 else honest()

@@ -77,6 +77,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return runs.read_rows(folder)
 
 
+@pytest.mark.fault(17, "a real full or read-only disk under a device: it says so, and takes part again")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_17_a_devices_disk(fault: str, tmp_path: Path) -> None:
     """It says so, the round goes on without it, and it takes part again: as if it had been silent for a round."""
@@ -104,6 +105,7 @@ def test_17_a_devices_disk(fault: str, tmp_path: Path) -> None:
     assert (folder / simulate.STUDENT).read_bytes() == (calm / simulate.STUDENT).read_bytes()
 
 
+@pytest.mark.fault(17, "a real full or read-only disk under a run: the reason, then the undisturbed student")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_17_the_disk_of_a_run(fault: str, tmp_path: Path) -> None:
     """It ends with the reason, and goes on from its last completed round to the undisturbed student."""
@@ -123,6 +125,7 @@ def test_17_the_disk_of_a_run(fault: str, tmp_path: Path) -> None:
         assert (folder / simulate.STUDENT).read_bytes() == (calm / simulate.STUDENT).read_bytes()
 
 
+@pytest.mark.fault(17, "the disk of a running server fills up: the run ends, is resumed, and has its student")
 def test_17_a_running_server_whose_disk_fills_up(tmp_path: Path) -> None:
     """SuperLink's database, the run and the logs on one full disk: the run ends, room is made, and it is resumed."""
     torch.set_num_threads(1)
@@ -140,7 +143,7 @@ def test_17_a_running_server_whose_disk_fills_up(tmp_path: Path) -> None:
         said = server.status(net.kit)
         print("status:", said["ready"], said["unready"], said["disk_free_bytes"])
         empty(disk)
-        end = time.monotonic() + 240
+        end = time.monotonic() + 600
         while runs.Standing.read(folder).phase != "finished":
             assert time.monotonic() < end, runs.Standing.read(folder)
             with contextlib.suppress(Exception):
