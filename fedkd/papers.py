@@ -105,9 +105,11 @@ def find(name: str, folder: Path) -> list[Path]:
     raise ConfigError(f"no table is named {name!r}. Known: {names}")
 
 
-def measure(points: Sequence[tuple[Mapping[str, Any], Experiment]], folder: Path) -> list[dict[str, Any]]:
+def measure(
+    points: Sequence[tuple[Mapping[str, Any], Experiment]], folder: Path, jobs: int | None = None
+) -> list[dict[str, Any]]:
     """Run a sweep, and return for each of its points, seeds apart, mean, deviation and bytes of what they reached."""
-    sweep(points, folder)
+    sweep(points, folder, jobs=jobs)
     return [_row(group) for group in group_seeds(expand([folder]))]
 
 
@@ -123,11 +125,14 @@ def _row(group: Group) -> dict[str, Any]:
     return row
 
 
-def run(path: Path, out: Path, seeds: Sequence[int] | None = None, small: bool = False) -> dict[str, Any]:
+def run(
+    path: Path, out: Path, seeds: Sequence[int] | None = None, small: bool = False, jobs: int | None = None
+) -> dict[str, Any]:
     """Run a table below ``out``, reusing what is finished there; returns what is written as NAME.json.
 
     Args:
         seeds: instead of the table's own.
+        jobs: runs side by side; None: as many as there are cores for.
         small: one round on the bundled digits, to see that everything works; its figures mean nothing.
     """
     source = Source.read(path)
@@ -140,7 +145,7 @@ def run(path: Path, out: Path, seeds: Sequence[int] | None = None, small: bool =
     ]
     # Other settings are another sweep, so that nothing is taken for a result that is none.
     digest = hashlib.sha256("\n".join(point.dump() for _, point in points).encode()).hexdigest()[:12]
-    found = measure(points, out / path.stem / digest)
+    found = measure(points, out / path.stem / digest, jobs)
     rows = [
         {"label": row.label, "measure": row.measure, "published": row.published, **one}
         for row, one in zip(table.rows, found, strict=True)

@@ -33,6 +33,9 @@ def run(
         "runs/papers"
     ),
     seeds: Annotated[str | None, typer.Option(help="Comma list, instead of the table's own.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs side by side; default: as many as there are cores for.")
+    ] = None,
     small: Annotated[bool, typer.Option(help="One round on the bundled digits, nothing is written.")] = False,
 ) -> None:
     """Run a table; its figures are printed, and written beside its YAML file."""
@@ -41,7 +44,7 @@ def run(
     out = Console(width=140)
     chosen = [int(s) for s in seeds.split(",")] if seeds else None
     for path in papers.find(name, folder):
-        found = papers.run(path, to, chosen, small)
+        found = papers.run(path, to, chosen, small, jobs)
         table = Table(title=found["title"], box=None)
         for title in ("row", "paper", "ours", "of", "kB up", "kB down", "s"):
             table.add_column(title)
