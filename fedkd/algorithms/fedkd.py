@@ -11,9 +11,9 @@ the updates the same way, adds it to the student, and sends it. Where only full 
 
 Choose an exact codec for messages down: what a lossy one takes from updates adds up on the devices.
 
-Deviations: the update of a round stands for the gradient of a step. Losses on hidden states and attention, which belong to
-the paper's transformers, are left out. t is round / ``ramp``. A device that missed a message is sent the whole student.
-Factors that would be longer than the matrix are not sent: the matrix is.
+Deviations: the update of a round stands for a step's gradient. Losses on hidden states and attention, which belong to the
+paper's transformers, are left out. t is round / ``ramp``. A device that missed a message is sent the whole student, and a
+matrix that is shorter than its factors is sent as it is.
 """
 
 from __future__ import annotations
@@ -28,14 +28,12 @@ from torch import Tensor
 from fedkd.aggregators import weighted_mean
 from fedkd.algorithms.averaging import added
 from fedkd.algorithms.base import (
-    Algorithm,
     Answers,
     Batch,
     Card,
     DeviceState,
     DeviceTools,
     Heard,
-    Phase,
     ServerState,
     ServerTools,
     Shapes,
@@ -43,6 +41,7 @@ from fedkd.algorithms.base import (
     View,
     with_model,
 )
+from fedkd.algorithms.mutual import MutualLearning
 from fedkd.codecs import lowrank
 from fedkd.losses import cross_entropy, kl_divergence
 from fedkd.payloads import Contract, Payload, Weights
@@ -55,18 +54,11 @@ WHOLE, VERSION = "message is whole", "version of the student"
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FedKD(Algorithm):
+class FedKD(MutualLearning):
     """A private teacher, and a shared student of low-rank updates. See the module text."""
 
     name: ClassVar[str] = "fedkd"
     paper: ClassVar[str] = "Wu et al., Nature Communications 2022"
-    upload: ClassVar[type[Payload]] = Weights
-    download: ClassVar[type[Payload]] = Weights
-    roles: ClassVar[tuple[str, ...]] = ("model", "shared")
-    keeps: ClassVar[tuple[str, ...]] = ("model",)
-    student: ClassVar[bool] = True
-    weighted: ClassVar[bool] = True
-    weighs: ClassVar[bool] = True
     stackable: ClassVar[bool] = False
 
     start_energy: float = 0.95  # T_start
@@ -91,18 +83,12 @@ class FedKD(Algorithm):
         memory = {**{f"held/{n}": t for n, t in new.items()}, VERSION: told[VERSION]}
         return replace(state, models={**state.models, "shared": new}, memory=memory)
 
-    def plan(self, heard: Heard) -> tuple[Phase, ...]:
-        both = ("model", "shared")
-        return (Phase(name="mutual", data="private", loss=self.private_loss, settings="training", trains=both),)
-
     def private_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
         teacher, student = net(batch), net["shared"](batch)
         errs, err = cross_entropy(teacher, batch.labels), cross_entropy(student, batch.labels)
-        trust = (errs + err).detach().clamp(min=1e-6)
-        apart = kl_divergence(teacher, student.detach().softmax(-1)) + kl_divergence(
-            student, teacher.detach().softmax(-1)
-        )
-        return batch.mean(errs + err + apart / trust)
+        apart = kl_divergence(teacher, student.detach().softmax(-1))
+        apart = apart + kl_divergence(student, teacher.detach().softmax(-1))
+        return batch.mean(errs + err + apart / (errs + err).detach().clamp(min=1e-6))
 
     def answer(self, net: Net, view: View, heard: Heard) -> Payload:
         update = added(net["shared"].weights, own(heard.memory), -1.0)

@@ -20,13 +20,11 @@ from torch import Tensor
 
 from fedkd.aggregators import mean_weights
 from fedkd.algorithms.base import (
-    Algorithm,
     Answers,
     Batch,
     DeviceState,
     DeviceTools,
     Heard,
-    Phase,
     ServerState,
     ServerTools,
     Shapes,
@@ -34,6 +32,7 @@ from fedkd.algorithms.base import (
     adopt,
     with_model,
 )
+from fedkd.algorithms.mutual import MutualLearning
 from fedkd.losses import cross_entropy, kl_divergence
 from fedkd.payloads import Contract, Payload, Weights
 
@@ -43,17 +42,11 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FML(Algorithm):
+class FML(MutualLearning):
     """A private and a shared model teach each other. See the module text."""
 
     name: ClassVar[str] = "fml"
     paper: ClassVar[str] = "Shen et al., 2020"
-    upload: ClassVar[type[Payload]] = Weights
-    download: ClassVar[type[Payload]] = Weights
-    roles: ClassVar[tuple[str, ...]] = ("model", "shared")
-    student: ClassVar[bool] = True
-    weighted: ClassVar[bool] = True
-    weighs: ClassVar[bool] = True
 
     alpha: float = 0.5  # alpha, what labels count for the private model; the rest is the meme's
     beta: float = 0.5  # beta, what labels count for the meme
@@ -61,10 +54,6 @@ class FML(Algorithm):
     # ---- device -----------------------------------------------------------------------------------------------------
     def start(self, state: DeviceState, heard: Heard, tools: DeviceTools) -> DeviceState:
         return adopt(state, heard, "shared")
-
-    def plan(self, heard: Heard) -> tuple[Phase, ...]:
-        trains = ("model", "shared")
-        return (Phase(name="mutual", data="private", loss=self.private_loss, settings="training", trains=trains),)
 
     def private_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
         own, meme = net(batch), net["shared"](batch)

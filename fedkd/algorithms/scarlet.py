@@ -3,19 +3,15 @@
 K. Azuma, T. Nishio, Y. Kitagawa, W. Nakano, T. Tanimura, "Soft-Label Caching and Sharpening for Communication-Efficient
 Federated Distillation", IEEE Transactions on Mobile Computing 2026, https://arxiv.org/abs/2504.19602.
 
-Like DS-FL, but server and devices keep the global soft labels z of proxy samples. Of the samples drawn for a round only
-those are asked whose label is not in the cache or is older than D rounds; for the others the cached label serves again,
-and nothing travels in either direction. New labels are sharpened by enhanced ERA, z = p̄^beta / sum p̄^beta with p̄ the
-mean probabilities; beta = 1 is the plain mean. A sample whose label has expired is asked and sent, and leaves the cache,
-so that it is cached anew when it is next drawn. A device that missed rounds is sent, once, the cached labels that are
-newer than its own.
-
-One function, :meth:`SCARLET.fresh`, decides both what is asked and what is kept: two tests that differ at age = D leave a
-label that is neither asked for nor kept.
+Server and devices keep the global soft labels z of proxy samples. Of those drawn for a round only samples are asked whose
+label is not cached or older than D rounds; for the others the cached label serves, and nothing travels either way. New
+labels are sharpened by enhanced ERA, z = p̄^beta / sum p̄^beta, p̄ the mean probabilities. A sample whose label has expired
+is asked and sent, and leaves the cache until it is next drawn. A device that missed rounds is sent, once, the cached labels
+that are newer than its own. One test, :meth:`SCARLET.fresh`, decides what is asked and what is kept: two that differ at age
+= D would lose a label.
 
 Deviations: as in DS-FL here, a round is distil -> train -> predict. A device keeps an expired label until it is
-overwritten, so that one bit for each sample tells it whether a label follows, where the paper's signals have three values.
-The server's cached labels teach its student as well.
+overwritten, so that one bit for each sample tells it whether a label follows; the paper's signals have three values.
 """
 
 from __future__ import annotations
@@ -41,7 +37,6 @@ from fedkd.algorithms.base import (
     ServerTools,
     Shapes,
     View,
-    with_model,
 )
 from fedkd.losses import soft_cross_entropy
 from fedkd.payloads import Bundle, Chosen, Contract, Nothing, Payload, ProxyIndices, SoftLabels
@@ -86,36 +81,35 @@ class SCARLET(Algorithm):
         return replace(server, memory=memory)
 
     def ask(self, server: ServerState, drawn: np.ndarray) -> np.ndarray:
-        serves = self.fresh(server.memory["stamp"][torch.from_numpy(drawn)], server.round)
-        found: np.ndarray = drawn[~serves.numpy()]
+        found: np.ndarray = drawn[~self.fresh(server.memory["stamp"], server.round).numpy()[drawn]]
         return found
 
     def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
         labels = server.memory["labels"].clone()
-        if len(tools.asked):
-            mean = mean_of(answers, lambda a: a.payload.tensors()["labels"])
-            labels[torch.from_numpy(tools.asked)] = enhanced_era(mean, self.beta)
+        mean = mean_of(answers, lambda a: a.payload.tensors()["labels"])
+        labels[torch.from_numpy(tools.asked)] = enhanced_era(mean, self.beta)
         who = torch.tensor([a.card.id for a in answers])
         return Bundle(parts={"labels": SoftLabels(labels=labels), "who": ProxyIndices(indices=who)})
 
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
         told, round = knowledge.tensors(), server.round - 1
-        drawn, asked = torch.from_numpy(tools.drawn), torch.from_numpy(tools.asked)
+        asked = torch.from_numpy(tools.asked)
         stamp, heard = server.memory["stamp"].clone(), server.memory["heard"].clone()
         stamp[asked] = torch.where(stamp[asked] >= 0, -1, round)
         heard[told["who/indices"]] = round
-        taught = SoftLabels(labels=told["labels/labels"][drawn])
-        sent = torch.isin(drawn, asked).to(tools.dtype)
+        taught = SoftLabels(labels=told["labels/labels"][torch.from_numpy(tools.drawn)])
+        sent = torch.from_numpy(np.isin(tools.drawn, tools.asked)).to(tools.dtype)
         memory = {"labels": told["labels/labels"], "stamp": stamp, "heard": heard, "sent": sent}
+        memory["last"] = torch.tensor(round)
         name, weights = server.models["student"]
-        student = tools.train(name, weights, lambda net, batch: self.server_loss(net, batch, taught), tools.drawn)
-        server = with_model(server, "student", name, student)
-        return replace(server, knowledge=taught, asked=tools.drawn, memory={**memory, "last": torch.tensor(round)})
 
-    def server_loss(self, net: Net, batch: Batch, knowledge: Payload) -> Tensor:
-        return batch.mean(soft_cross_entropy(net(batch), knowledge.tensors()["labels"][batch.index]))
+        def loss(net: Net, batch: Batch) -> Tensor:
+            return batch.mean(soft_cross_entropy(net(batch), taught.labels[batch.index]))
 
-    # ---- server -> device -------------------------------------------------------------------------------------------
+        student = tools.train(name, weights, loss, tools.drawn)
+        models = {**server.models, "student": (name, student)}
+        return replace(server, models=models, knowledge=taught, asked=tools.drawn, memory=memory)
+
     def audience(self, card: Card, server: ServerState) -> Hashable:
         return int(server.memory["heard"][card.id])
 
@@ -149,11 +143,9 @@ class SCARLET(Algorithm):
         return replace(state, memory={"cache": cache})
 
     def public_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
-        teacher = heard.memory["cache"][heard.teach[batch.index]]
-        return batch.mean(soft_cross_entropy(net(batch), teacher))
+        return batch.mean(soft_cross_entropy(net(batch), heard.memory["cache"][heard.teach[batch.index]]))
 
     def answer(self, net: Net, view: View, heard: Heard) -> Payload:
         assert view.public is not None
-        if not len(view.public):
-            return SoftLabels(labels=torch.zeros(0, view.classes, dtype=view.public.dtype))
-        return SoftLabels(labels=net.probabilities(view.public))
+        nothing = view.public.new_zeros(0, view.classes)
+        return SoftLabels(labels=net.probabilities(view.public) if len(view.public) else nothing)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from fedkd.aggregators import enhanced_era
 from fedkd.aggregators.scores import density_ratio, logistic
 from fedkd.algorithms.base import Batch, Card, Heard, View
+from fedkd.algorithms.catalogue import METHODS
 from fedkd.algorithms.comet import COMET
 from fedkd.algorithms.fedaux import FedAUX
 from fedkd.algorithms.fedcache import FedCache, neighbours
@@ -505,3 +508,11 @@ def test_cfd_can_restart_the_servers_net_too() -> None:
     start = kept.rounds.begin().state.models["student"][1]["head.weight"]
     assert torch.equal(kept.progress.state.models["student"][1]["head.weight"], start)
     assert not torch.allclose(anew.progress.state.models["student"][1]["head.weight"], start)
+
+
+@pytest.mark.parametrize("path", sorted({METHODS[m].split(":")[0] for m in METHODS}))
+def test_a_method_is_one_short_file_that_names_its_source(path: str) -> None:
+    text = Path(importlib.import_module(path).__file__ or "").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    if not path.endswith("baselines"):
+        assert "http" in text.split('"""')[1] and "eviation" in text.split('"""')[1]
