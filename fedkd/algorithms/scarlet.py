@@ -102,11 +102,9 @@ class SCARLET(Algorithm):
         memory = {"labels": told["labels/labels"], "stamp": stamp, "heard": heard, "sent": sent}
         memory["last"] = torch.tensor(round)
         name, weights = server.models["student"]
-
-        def loss(net: Net, batch: Batch) -> Tensor:
-            return batch.mean(soft_cross_entropy(net(batch), taught.labels[batch.index]))
-
-        student = tools.train(name, weights, loss, tools.drawn)
+        student = tools.train(
+            name, weights, lambda net, b: b.mean(soft_cross_entropy(net(b), taught.labels[b.index])), tools.drawn
+        )
         models = {**server.models, "student": (name, student)}
         return replace(server, models=models, knowledge=taught, asked=tools.drawn, memory=memory)
 
