@@ -144,6 +144,30 @@ def test_a_model_that_cannot_be_stacked_is_looped_and_gives_the_oracles_numbers(
     assert_same(serial, stacked, 1e-12)
 
 
+def test_a_large_residual_net_is_looped_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice of speed: no word of it, and the same numbers."""
+    from fedkd.engines import stacked
+
+    trained: list[int] = []
+    loop = stacked.SerialEngine.train
+
+    def train(self: Any, phase: Any, tasks: Any) -> None:
+        trained.append(len(tasks))
+        loop(self, phase, tasks)
+
+    monkeypatch.setattr(stacked.SerialEngine, "train", train)
+    raw = local("resnet(width=4)", rounds=1)
+    small = play(raw, kind="stacked")
+    assert not trained
+    monkeypatch.setattr(stacked, "LOOP_FROM_FLOPS", 1e6)
+    large = play(raw, kind="stacked")
+    assert sum(trained) == 8
+    assert_same(small, large, 1e-9)
+    trained.clear()
+    play(local("mlp", rounds=1), kind="stacked")
+    assert not trained, "what the kernels take, and dense layers, are stacked whatever their size"
+
+
 @pytest.mark.parametrize("name", ["mlp(dropout=0.3)", "lenet", "cnn", "cnn(norm=group)", "resnet"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_models_of_the_library_can_be_stacked(name: str, dtype: torch.dtype) -> None:
