@@ -89,6 +89,8 @@ def serve(grid: Any, context: Any) -> None:
             _play(kit, grid, folder, mine)
         except BaseException as cause:
             words = " ".join(str(cause).split()) or type(cause).__name__
+            if isinstance(cause, SystemExit | KeyboardInterrupt):
+                words = "its process was told to end"
             log.error("%s ended: %s", folder.name, words[:500])
             # A run that was resumed meanwhile, after SuperLink was killed under this process, is its successor's.
             if Standing.read(folder).flower_run == mine.flower_run:

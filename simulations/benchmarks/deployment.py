@@ -144,16 +144,15 @@ def play(net: Loopback, chosen: Experiment, watched: Callable[[], Iterable[int]]
     }
 
 
-def pace(folder: Path, nodes: int, sizes: Iterable[str]) -> list[dict[str, Any]]:
+def pace(folder: Path, nodes: int, sizes: Iterable[str], rounds: int | None) -> Iterator[dict[str, Any]]:
     """Measure rounds of ``nodes`` lean nodes."""
-    found = []
     with Loopback(folder, nodes, digits(nodes, proxy=None)) as net:
         net.start()
         for kit in net.clients:
             until_online(net, kit, time.monotonic())
         for size in sizes:
             load = os.getloadavg()[0]
-            row = play(net, experiment(size, nodes), lambda: [p.pid for p in net.processes().values()])
+            row = play(net, experiment(size, nodes, rounds), lambda: [p.pid for p in net.processes().values()])
             alive = net.processes()
             row |= {
                 "payload": size, "nodes": nodes, "load": load,
@@ -161,9 +160,8 @@ def pace(folder: Path, nodes: int, sizes: Iterable[str]) -> list[dict[str, Any]]
                 "superlink_peak_bytes": peak_bytes(alive["superlink"].pid),
                 "gate_peak_bytes": peak_bytes(alive["gate"].pid),
             }  # fmt: skip
-            found.append(row)
             print(row_line(row), flush=True)
-    return found
+            yield row
 
 
 def memory(folder: Path) -> dict[str, Any]:
@@ -245,24 +243,33 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="*", default=[2, 20], help="none: only memory and start-up")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, help=f"of each cell; default: {ROUNDS}")
     parser.add_argument("--no-memory", action="store_true", help="Leave out memory and start-up.")
     parser.add_argument("--work", type=Path, help="An empty folder to work in, which stays; default: a temporary one.")
     parser.add_argument("--json", type=Path, default=HERE / "benchmarks" / "deployment.json")
     words = parser.parse_args(argv)
     known = json.loads(words.json.read_text()) if words.json.exists() else {"rounds": []}
+    words.json.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        words.json.write_text(json.dumps(known, indent=1) + "\n")
+
     with scratch(words.work) as folder:
         if not words.no_memory:
             known["memory"] = memory(folder / "memory") | {"versions": made_with()}
+            keep()
         if words.nodes:
             print(HEAD, flush=True)
         for nodes in words.nodes:
-            for row in pace(folder / f"nodes-{nodes}", nodes, words.sizes):
-                cell = (row["nodes"], row["payload"])
+            for row in pace(folder / f"nodes-{nodes}", nodes, words.sizes, words.rounds):
+                cell = (nodes, row["payload"])
                 others = [old for old in known["rounds"] if (old["nodes"], old["payload"]) != cell]
-                order = lambda one: (one["nodes"], list(SIZES).index(one["payload"]))  # noqa: E731
-                known["rounds"] = sorted([*others, row | {"versions": made_with()}], key=order)
-    words.json.parent.mkdir(parents=True, exist_ok=True)
-    words.json.write_text(json.dumps(known, indent=1) + "\n")
+                known["rounds"] = sorted([*others, row | {"versions": made_with()}], key=_place)
+                keep()
+
+
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    return int(row["nodes"]), SIZES[row["payload"]]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,16 @@ def test_a_watcher_hears_of_a_killed_process(kit: ServerKit, monkeypatch: pytest
     monkeypatch.setattr(runs, "Control", SuperLink())
     assert runs._lost(kit, Standing("t", 7, "running", "", DEAD)) == "its process was killed"
     assert runs._lost(kit, Standing("t", 7, "running", "", os.getpid())) is None
+
+
+def test_a_process_that_is_told_to_end_says_so(kit: ServerKit, monkeypatch: pytest.MonkeyPatch) -> None:
+    Standing("t", 7).write(kit.runs / "trial")
+    monkeypatch.setenv("FEDKD_KIT", str(kit.folder))
+    monkeypatch.setattr(serve, "_play", lambda *rest: sys.exit(0))
+    with pytest.raises(SystemExit):
+        serve.serve(None, SimpleNamespace(run_id=7, run_config={"run": "trial"}))
+    now = Standing.read(kit.runs / "trial")
+    assert (now.phase, now.reason) == ("failed", "its process was told to end")
 
 
 @pytest.mark.parametrize("resumed", [False, True])
