@@ -75,7 +75,10 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
     for helper in summary.get("assistants", ()):
         said = "" if helper["accuracy"] is None else f"{100 * helper['accuracy']:.2f} %  "
         lines.append(("assistant", f"{said}({helper['parameters']:,} parameters, {helper['model']})"))
-    lines.append(("agreement", f"{100 * summary['agreement']:.2f} % of the training inputs, student and teacher"))
+    if summary.get("members"):
+        lines.append(("members", ", ".join(f"{100 * m:.2f} %" for m in summary["members"])))
+    if summary["agreement"] is not None:
+        lines.append(("agreement", f"{100 * summary['agreement']:.2f} % of the training inputs, student and teacher"))
     lines += [("time", f"{summary['seconds']:.1f} s"), ("run", str(folder))]
     width = max(len(name) for name, _ in lines)
     out.print()

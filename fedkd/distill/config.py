@@ -107,6 +107,24 @@ class TeacherConfig(Section):
         return self
 
 
+class OnlineConfig(Section):
+    """Students that teach each other, without a teacher: see `fedkd.distill.online`."""
+
+    kind: Literal["one", "dml"] = Field("one", description="Gated branches of one net, or deep mutual learning.")
+    stage: str | None = Field(
+        None, description="The student's last stage, such as body.3; dml without it: peers that share nothing."
+    )
+    members: int = Field(3, ge=2, description="Branches or peers; the first is deployed.")
+    temperature: float | None = Field(None, gt=0, description="null is the published one: 3 for one, 1 for dml.")
+    ramp: int = Field(80, ge=1, description="one: epochs of the sigmoid ramp-up of the distilling part.")
+
+    @model_validator(mode="after")
+    def _staged(self) -> OnlineConfig:
+        if self.kind == "one" and self.stage is None:
+            raise ConfigError("online.kind=one needs the last stage of the student: online.stage=body.3, for instance")
+        return self
+
+
 class DistillExperiment(Section):
     """A student learns from a teacher. `fedkd distill X.yaml key=value ...`."""
 
@@ -142,6 +160,9 @@ class DistillExperiment(Section):
         (),
         description="Nets between teacher and student, from large to small, each taught by the one above it by the "
         "terms on labels and logits; auto makes them up by size.",
+    )
+    online: OnlineConfig | None = Field(
+        None, description="The student learns without a teacher, by labels and by its own branches or peers."
     )
     terms: tuple[TermConfig, ...] = Field(
         (), description="Addends of the loss; default: .1 ce + .9 kd, and kd alone where there are no labels."
@@ -181,6 +202,10 @@ class DistillExperiment(Section):
     def _fits(self) -> DistillExperiment:
         if self.method is not None and (self.inputs is not None or self.terms or self.omit):
             raise ConfigError("`method` makes the inputs and brings its own loss: leave out inputs, terms and omit")
+        if self.online is not None and (self.method is not None or self.terms or self.assistants or not self.labelled):
+            raise ConfigError(
+                "`online` brings its own loss and needs labels: leave out method, terms, assistants, inputs"
+            )
         if self.method is not None and self.assistants:
             raise ConfigError("`method` teaches the student alone: leave out assistants")
         if self.data is None and self.method is None and self.inputs is None:

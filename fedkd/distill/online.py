@@ -216,13 +216,14 @@ def one(
     ramp: int = 80,
     fit: Fit | None = None,
     seed: int = 1,
+    watch: Callable[[Epoch], None] | None = None,
 ) -> Taught:
     """Train branches of one net by their gated ensemble; the first branch is deployed.
 
     X. Lan, X. Zhu, S. Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018,
     https://arxiv.org/abs/1806.04606, eq. (3)-(8): sum_i CE(z_i) + CE(z_e) + r(t) T^2 sum_i KL(z_e || z_i), where the
     gradient of the last part reaches the branches alone. ``ramp``: epochs of r(t) = exp(-5 (1 - t / ramp)^2), 80 of 300
-    published.
+    published. ``watch``: called after every epoch.
     """
     _labelled(data)
     how = fit or Fit()
@@ -239,7 +240,7 @@ def one(
         teach = torch.stack([kd(z, together.detach()) for z in logits]).sum()
         return {"branches": own, "ensemble": ce(together, together, y), "distillation": rise(epoch) * teach}
 
-    log = _train(nn.ModuleList([net, gate]), data, how, seed, losses)
+    log = _train(nn.ModuleList([net, gate]), data, how, seed, losses, watch)
     net.eval()
 
     def ensemble(x: Tensor) -> Tensor:
@@ -262,6 +263,7 @@ def mutual(
     others: Sequence[nn.Module] = (),
     fit: Fit | None = None,
     seed: int = 1,
+    watch: Callable[[Epoch], None] | None = None,
 ) -> Taught:
     """Train peers by labels and by each other's answers; the first is deployed.
 
@@ -299,7 +301,7 @@ def mutual(
         pairs = [kd(a, b.detach()) for i, a in enumerate(logits) for j, b in enumerate(logits) if i != j]
         return {"labels": own, "peers": torch.stack(pairs).sum() / (len(logits) - 1)}
 
-    log = _train(net, data, how, seed, losses)
+    log = _train(net, data, how, seed, losses, watch)
     net.eval()
 
     def ensemble(x: Tensor) -> Tensor:
@@ -316,6 +318,7 @@ def _train(
     how: Fit,
     seed: int,
     losses: Callable[[Tensor, Tensor, int], dict[str, Tensor]],
+    watch: Callable[[Epoch], None] | None,
 ) -> list[Epoch]:
     assert data.y is not None
     optimizer = how.build([p for p in net.parameters() if p.requires_grad])
@@ -342,6 +345,8 @@ def _train(
                 count += len(index)
         means = {name: value / max(count, 1) for name, value in sums.items()}
         log.append(Epoch(epoch, how.rate(epoch), sum(means.values()), means))
+        if watch is not None:
+            watch(log[-1])
     return log
 
 

@@ -17,7 +17,7 @@ from fedkd.data import load as load_data
 from fedkd.data.dataset import Dataset
 from fedkd.distill.assistants import between
 from fedkd.distill.cache import data_identity
-from fedkd.distill.config import DistillExperiment, FitConfig, TeacherConfig
+from fedkd.distill.config import DistillExperiment, FitConfig, OnlineConfig, TeacherConfig
 from fedkd.distill.distiller import FEED, Distiller, Epoch, Records, accuracy
 from fedkd.distill.inputs import unlabelled
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, OnnxTeacher, Teacher, load_teacher, read_note
@@ -115,8 +115,10 @@ class _Work:
             self.train = Records(size=self.train.size, x=self.train.x, identity=self.train.identity)
 
     def run(self) -> Distilled:
-        began, worked = time.perf_counter(), time.process_time()
+        began = time.perf_counter(), time.process_time()
         experiment = self.experiment
+        if experiment.online is not None:
+            return self._mutual(experiment.online)
         teachers = [self._teacher(i, config) for i, config in enumerate(experiment.teacher)]
         members = [(t, c.weight) for t, c in zip(teachers, experiment.teacher, strict=True)]
         teacher: Teacher = teachers[0] if len(teachers) == 1 else EnsembleTeacher(members, experiment.mix)
@@ -140,6 +142,12 @@ class _Work:
             "log": [vars(e) for e in log],
             **beside,
         }
+        self._alone(summary)
+        return self._finished(summary, began)
+
+    def _alone(self, summary: dict[str, Any]) -> None:
+        """Train the same student on labels alone, for comparison."""
+        experiment = self.experiment
         if experiment.alone and self.train is not None and self.train.y is not None:
             alone = self._model(experiment.student, "student")
             lonely = Distiller(
@@ -148,11 +156,49 @@ class _Work:
             self._fit(lonely, self.train, "alone", experiment.training)
             summary["accuracy"]["alone"] = self._accuracy(alone)
             summary["accuracy_by_class"]["alone"] = self._by_class(alone)
-        summary |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+
+    def _finished(self, summary: dict[str, Any], began: tuple[float, float]) -> Distilled:
+        """Keep the student and the summary; ``began``: seconds by the clock and of the processor."""
+        summary |= {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
         summary |= {"versions": versions(), "git_revision": git_revision()}
-        self._keep(self.student, experiment.student, self.folder / STUDENT)
+        self._keep(self.student, self.experiment.student, self.folder / STUDENT)
         write_json(self.folder / SUMMARY, summary)
         return Distilled(self.folder, summary)
+
+    def _mutual(self, online: OnlineConfig) -> Distilled:
+        """Teach without a teacher. A run that was interrupted begins its student anew: the result is the same."""
+        from fedkd.distill.online import mutual, one
+
+        began = time.perf_counter(), time.process_time()
+        experiment, how = self.experiment, self.experiment.training
+        assert self.train is not None
+        watch = self._watcher("student", how)
+        if online.kind == "one":
+            assert online.stage is not None
+            taught = one(
+                self.student, online.stage, self.train, branches=online.members, ramp=online.ramp,
+                temperature=online.temperature or 3.0, fit=how.fit, seed=experiment.seed, watch=watch,
+            )  # fmt: skip
+        else:
+            taught = mutual(
+                self.student, self.train, stage=online.stage, peers=online.members,
+                temperature=online.temperature or 1.0, fit=how.fit, seed=experiment.seed, watch=watch,
+            )  # fmt: skip
+        self.student = taught.deployed
+        summary: dict[str, Any] = {
+            "schema": 1,
+            "kind": "distill",
+            "name": experiment.name,
+            "seed": experiment.seed,
+            "accuracy": {"student": self._accuracy(self.student), "teacher": None, "alone": None},
+            "members": [self._accuracy(member) for member in taught.members],
+            "agreement": None,
+            "accuracy_by_class": {"student": self._by_class(self.student)},
+            "parameters": {"student": _size(self.student), "teacher": None},
+            "log": [vars(e) for e in taught.log],
+        }
+        self._alone(summary)
+        return self._finished(summary, began)
 
     def _distil(self, teacher: Teacher) -> tuple[Records, list[Epoch], dict[str, Any]]:
         """Teach on records, through assistants if there are any; return records, log, and the summary's part."""

@@ -1,7 +1,7 @@
 """Segmentation and detection on scenes of scattered digits: ``python -m simulations.distill.dense [segment|detect]``.
 
-Scenes of 48 x 48 pixels with 1 to 3 MNIST digits, pieces of digits as clutter, and noise. Teacher: width 16, 1,000 scenes;
-student: width 4, 200 other scenes; 300 test scenes of MNIST's test digits. Segmentation: pixel-wise KD and CWD (on the class
+Scenes of 48 x 48 pixels with 1 to 3 MNIST digits, pieces of digits as clutter, and noise. Teacher: width 16, 600 scenes;
+student: width 4, 150 other scenes; 300 test scenes of MNIST's test digits. Segmentation: pixel-wise KD and CWD (on the class
 maps), measured by mIoU; detection: imitation of the feature pyramid's map, and of the head, measured by COCO's mAP. Both by
 torchmetrics: ``pip install 'fedkd[dense]'``. Scaled down for two cores; no published figure is for these scenes.
 
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = own.task
     asked = options(__doc__, f"dense_{task}", 3, rest)
     small = asked.small
-    counts = {"teacher": 12, "student": 8, "test": 6} if small else {"teacher": 1000, "student": 200, "test": 300}
-    epochs, taught = (1, 1) if small else (40, 15)
+    counts = {"teacher": 12, "student": 8, "test": 6} if small else {"teacher": 600, "student": 150, "test": 300}
+    epochs, taught = (1, 1) if small else (30, 12)
     settings = {
         "scenes": f"{CANVAS} x {CANVAS}, {counts['teacher']} for the teacher, {counts['student']} for the student",
         "teacher": f"width 16, {taught} epochs",

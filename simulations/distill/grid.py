@@ -3,7 +3,7 @@
 Teacher: a LeNet trained once on 10,000 MNIST images. Student: a LeNet of a quarter of its width on 1,000 of them; a seed
 draws the images, the weights and the order, and all losses of a seed share them. Each loss has the weight it was published
 with (for CIFAR-100 and ResNets), beside cross-entropy; KD and LSKD have theirs of 0.1 on cross-entropy. Feature losses look
-at the second pooling (maps) or at the last hidden layer (vectors). Warm-ups of 20 in 240 epochs are 2 in 20 here.
+at the second pooling (maps) or at the last hidden layer (vectors). Warm-ups of 20 in 240 epochs are 2 in 15 here.
 
 Deviations: CRD draws 256 others, not 16,384, from a bank of 1,000. InfoNCE has no published weight for this use: 1.
 """
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     big, small = ("cnn(channels=[6, 12])", "cnn(channels=[3, 4], features=12)") if words.small else (
         "lenet", "lenet(width=0.25)"
     )  # fmt: skip
-    size, epochs = (100, 1) if words.small else (1000, 20)
+    size, epochs = (100, 1) if words.small else (1000, 15)
     how = Fit(epochs=epochs, batch_size=64, lr=0.05, schedule="cosine")
     settings = {
         "teacher": f"{big}, 10,000 images, 8 epochs",

@@ -89,3 +89,19 @@ def test_omitted_digits_are_learnt_from_the_teacher_alone(tmp_path: Path) -> Non
 def test_mistakes_are_one_sentence(words: list[str], says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
         start(load(None, words)[0][1], tmp_path / "run")
+
+
+def test_a_student_without_a_teacher(tmp_path: Path) -> None:
+    words = ["student=mlp(hidden=[16])", "online={kind: one, stage: body.1, members: 2, ramp: 2}", "training.epochs=8"]
+    done = CliRunner().invoke(app, ["distill", *words, "data.train_size=300", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["accuracy"]["student"] == summary["members"][0] > 0.3 and len(summary["members"]) == 2
+    assert summary["accuracy"]["teacher"] is None and "members" in done.output and "agreement" not in done.output
+    assert set(summary["log"][0]["terms"]) == {"branches", "ensemble", "distillation"}
+    with pytest.raises(ConfigError, match="needs the last stage"):
+        load(None, ["online={kind: one}"])
+    with pytest.raises(ConfigError, match="brings its own loss"):
+        load(None, ["online={kind: dml}", "assistants=auto"])
+    with pytest.raises(ConfigError, match=r"no layer 'body\.9'"):
+        start(load(None, ["online={kind: one, stage: body.9}", "data.train_size=50"])[0][1], tmp_path / "wrong")
