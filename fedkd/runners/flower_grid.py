@@ -27,6 +27,8 @@ SWITCHES: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray warns of a coming change in how it hides accelerators from tasks that want none; say now what we want.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray starves its workers (priority 15) on a machine that does anything else: they take the priority of the run.
+    "RAY_worker_niceness": "0",
 }
 """No telemetry, no update check, nothing installed at run time. Flower reads them when it is imported."""
 
