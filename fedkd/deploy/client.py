@@ -15,7 +15,7 @@ from fedkd.deploy.kit import ClientKit
 from fedkd.deploy.supervise import PidFile, SuperviseError, detach, rss_bytes, stop_process
 
 PID, OUTPUT, LOGS = "client.pid", "logs/output.log", "logs"
-START_SECONDS, STOP_SECONDS = 30.0, 20.0
+START_SECONDS, STOP_SECONDS = 120.0, 20.0
 
 
 def run(kit: ClientKit) -> None:

@@ -126,7 +126,6 @@ class Soak:
                 self.order = [VICTIMS[i] for i in self.rng.permutation(len(VICTIMS))]
             victim = self.order.pop()
             if time.monotonic() > self.until:
-                self.wanted = len(self.kills)
                 return
             phase, rounds = self._phase(), self._rounds()
             if not self.done.is_set() and self._kill(victim):
@@ -243,7 +242,7 @@ def soak(words: argparse.Namespace, folder: Path) -> dict[str, Any]:
         net.start()
         # The first run is left in peace: it says how long a round takes, and that the two agree without any kill.
         killer: threading.Thread | None = None
-        while len(state.kills) < state.wanted or not outcomes:
+        while not outcomes or (len(state.kills) < state.wanted and time.monotonic() < state.until):
             before = len(state.kills)
             if outcomes and killer is None:
                 pace = float(np.median([row["seconds"] for row in runs.read_rows(runs.run_folder(net.kit, "soak-00"))]))

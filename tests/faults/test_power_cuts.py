@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inprocess import experiment
 
 from fedkd import simulate
 from fedkd.deploy import client
@@ -28,7 +29,7 @@ CLIENTS, VICTIM = 3, 1
 pytestmark = pytest.mark.slow
 
 
-def averaging(rounds: int, width: int, **changes: object) -> Experiment:
+def averaging(rounds: int, width: int) -> Experiment:
     """Return a FedAvg run on the digits; ``width`` hidden units make uploads of 300 bytes each."""
     model = f"mlp(hidden=[{width}])"
     return validate(
@@ -37,7 +38,6 @@ def averaging(rounds: int, width: int, **changes: object) -> Experiment:
             "partition": {"clients": CLIENTS, "alpha": 0.5}, "algorithm": "fedavg",
             "models": {"student": model, "devices": model}, "training": {"epochs": 1},
             "evaluation": {"local_only": False}, "runner": {"kind": "serial"}, "deployment": {"probe_seconds": 2.0},
-            **changes,
         }
     )  # fmt: skip
 
@@ -129,9 +129,9 @@ def test_16_killed_in_the_middle_of_an_upload(tmp_path: Path) -> None:
 @pytest.mark.fault(16, "a node's process is killed between charge and release: charged again, nothing left uncharged")
 def test_16_killed_in_the_middle_of_spending_budget(tmp_path: Path) -> None:
     """What was charged stays charged; what had not left is worked out anew and charged again; nothing leaves uncharged."""
-    privacy = {"kind": "dp_sgd", "noise_multiplier": 2.0, "sampling_rate": 0.2}
-    wanted = averaging(2, 33, privacy=privacy)
-    with Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=None)) as net:
+    privacy = {"kind": "dp_sgd", "noise_multiplier": 1.0, "sampling_rate": 0.2}
+    wanted = experiment(CLIENTS, rounds=2, privacy=privacy)
+    with Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=100)) as net:
         kit = net.clients[VICTIM]
         net.start()
         ledger = kit.state / LEDGER
