@@ -66,6 +66,8 @@ class Table:
             for number, *words in marks:
                 row = self.rows[number]
                 setattr(row, report.outcome, getattr(row, report.outcome) + 1)
+                if report.outcome != "passed":
+                    continue
                 row.happened += [text for text in said or words if text not in row.happened]
         return report
 
