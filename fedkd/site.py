@@ -223,7 +223,7 @@ class Site:
                     "`head`"
                 )
         self._check_staleness()
-        if type(method).ask is not Algorithm.ask and self.experiment.population.stalest:
+        if method.narrows and self.experiment.population.stalest:
             raise ConfigError(
                 f"{method.name} asks for other proxy samples in every round, so that late answers are of no use: discard "
                 "them (population.staleness.limit=0)"

@@ -274,6 +274,11 @@ class Algorithm(ABC):
         """Return why the server must see each answer by itself; None if the plain mean of the answers is all it needs."""
         return f"{self.name} does more with answers than take their mean"
 
+    @property
+    def narrows(self) -> bool:
+        """Tell whether the method asks for other proxy samples than those drawn (see :meth:`ask`)."""
+        return type(self).ask is not Algorithm.ask
+
     # ---- server -> device -------------------------------------------------------------------------------------------
     def begin(self, server: ServerState, tools: ServerTools) -> ServerState:
         """Prepare the server before round 0."""

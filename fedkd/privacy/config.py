@@ -190,6 +190,11 @@ class PrivacyConfig(BaseModel):
                 f"privacy.kind {self.kind} adds noise to sums of {wanted}; {method.name} sends {method.upload.__name__}. "
                 "Use ds_fl or cfd, or dp_sgd, which protects every kind of answer"
             )
+        if method.narrows:
+            raise ConfigError(
+                f"{method.name} keeps account of who answered which samples, which privacy.kind {self.kind} hides from it: "
+                "use ds_fl or cfd"
+            )
         if population.stalest > 0:
             raise ConfigError(
                 f"privacy.kind {self.kind} sums the answers of one round, to one set of queries: set "

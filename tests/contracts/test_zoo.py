@@ -33,6 +33,7 @@ from fedkd.algorithms.fml import FML
 from fedkd.algorithms.scarlet import SCARLET
 from fedkd.algorithms.selective_fd import SelectiveFD
 from fedkd.codecs import lowrank
+from fedkd.errors import ConfigError
 from fedkd.payloads import Bundle, Chosen, Logits, Nothing, Prototypes, SoftLabels, Weights
 from fedkd.server_tools import Tools
 
@@ -103,6 +104,18 @@ def test_scarlet_sends_fewer_bytes_than_ds_fl() -> None:
     raw = merged(scarlet(), {"rounds": 8})
     ours, theirs = play(raw).progress, play({**raw, "algorithm": "ds_fl"}).progress
     assert ours.bytes_up < 0.6 * theirs.bytes_up and ours.bytes_down < 0.8 * theirs.bytes_down
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"privacy": {"kind": "labels", "noise_multiplier": 1.0}},
+        {"population": {"late": 0.1, "staleness": {"limit": 2}}},
+    ],
+)
+def test_scarlet_refuses_what_hides_who_answered_which_samples(more: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"who answered|other proxy samples"):
+        assemble(merged(merged(scarlet(), {"proxy_per_round": None}), more))
 
 
 def test_enhanced_era_is_a_power_of_the_mean() -> None:
