@@ -1,27 +1,20 @@
-"""Fault 17 on real disks: a small file system that is full, or turns read-only, under a device, a run and a server."""
+"""Fault 17 on real disks: a small file system that is full, or turns read-only, under a device and under a run."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from inprocess import Network, experiment
 
 from fedkd import simulate
 from fedkd.deploy import run as runs
-from fedkd.deploy import server
 from fedkd.storage import StorageError
-from simulations.benchmarks.loopback import Loopback, digits
-from simulations.benchmarks.soak import PROXY, difference
-from simulations.benchmarks.soak import experiment as soak_experiment
 
 CLIENTS = 3
 
@@ -123,33 +116,3 @@ def test_17_the_disk_of_a_run(fault: str, tmp_path: Path) -> None:
         network.play(experiment(CLIENTS), folder)
         assert [row["round"] for row in rows(folder)] == [0, 1, 2]
         assert (folder / simulate.STUDENT).read_bytes() == (calm / simulate.STUDENT).read_bytes()
-
-
-@pytest.mark.fault(17, "the disk of a running server fills up: the run ends, is resumed, and has its student")
-def test_17_a_running_server_whose_disk_fills_up(tmp_path: Path) -> None:
-    """SuperLink's database, the run and the logs on one full disk: the run ends, room is made, and it is resumed."""
-    torch.set_num_threads(1)
-    wanted = soak_experiment(CLIENTS, 6, "ds_fl", "float32")
-    calm = simulate.start(wanted, tmp_path / "calm").folder
-    net = Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=PROXY), limits={"min_free_mib": 4})
-    with small_disk(net.kit.state, 65536) as disk, net:
-        net.start()
-        folder = runs.start(net.kit, wanted)
-        with pytest.raises(runs.RunEnded) as caught:
-            for record in runs.follow(net.kit, folder):
-                if record["round"] == 1:
-                    fill(disk)
-        print("ended:", caught.value)
-        said = server.status(net.kit)
-        print("status:", said["ready"], said["unready"], said["disk_free_bytes"])
-        empty(disk)
-        end = time.monotonic() + 600
-        while runs.Standing.read(folder).phase != "finished":
-            assert time.monotonic() < end, runs.Standing.read(folder)
-            with contextlib.suppress(Exception):
-                net.start()
-                runs.resume(net.kit, folder.name)
-            time.sleep(1)
-        assert [row["answered"] for row in rows(folder)] == [CLIENTS] * 6
-        assert difference(folder, calm) < 1e-4
-        assert os.listdir(disk)
