@@ -30,7 +30,10 @@ def distill(
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run in this folder.")] = None,
 ) -> None:
-    """Teach a student by a teacher: a checkpoint, an ONNX file, or a model that is trained here first."""
+    """Teach a student by a teacher: a checkpoint, an ONNX file, a service, or a model that is trained here first.
+
+    With method=dfad (or another) the inputs are made from the teacher alone, and data=none will do.
+    """
     from fedkd.cli.main import err, out, split
     from fedkd.distill import run
     from fedkd.distill.config import load
@@ -77,8 +80,12 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
         lines.append(("assistant", f"{said}({helper['parameters']:,} parameters, {helper['model']})"))
     if summary.get("members"):
         lines.append(("members", ", ".join(f"{100 * m:.2f} %" for m in summary["members"])))
+    seen = "synthetic" if summary.get("method") else "training"
     if summary["agreement"] is not None:
-        lines.append(("agreement", f"{100 * summary['agreement']:.2f} % of the training inputs, student and teacher"))
+        lines.append(("agreement", f"{100 * summary['agreement']:.2f} % of the {seen} inputs, student and teacher"))
+    if summary.get("method"):
+        lines.append(("queries", f"{summary['queries']:,} inputs that the teacher answered"))
+        lines.append(("pool", f"{folder / summary['pool']['file']}  ({summary['pool']['size']:,} synthetic inputs)"))
     lines += [("time", f"{summary['seconds']:.1f} s"), ("run", str(folder))]
     width = max(len(name) for name, _ in lines)
     out.print()
