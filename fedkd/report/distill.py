@@ -41,7 +41,8 @@ def render(path: Path) -> str:
     summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
     config = (path / CONFIG).read_text(encoding="utf-8") if (path / CONFIG).is_file() else ""
     method = summary.get("method")
-    what = f"without data, by {method['name']}" if method else "by its teacher's answers"
+    beside = "with others that learn" if summary.get("members") else "by its teacher's answers"
+    what = f"without data, by {method['name']}" if method else beside
     sections = [_headline(summary), _limits(summary), _loss(summary), _classes(summary), _inputs(path, summary)]
     if config.strip():
         sections.append(Section(title="Configuration", body=f'<pre tabindex="0">{escape(config.rstrip())}</pre>'))
