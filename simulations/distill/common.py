@@ -63,7 +63,8 @@ class Report:
     """Rows of one experiment, over seeds.
 
     ``columns`` maps a metric to its title; metrics are shares and shown in percent unless named in ``plain``. ``base`` is
-    the row against which gains in the first metric are paired; None for no column of gains.
+    the row against which gains in the first metric are paired; None for no column of gains. A table of several parts has
+    rows like "part, row", and a base in each: "part, BASE".
     """
 
     name: str
@@ -91,8 +92,9 @@ class Report:
             rows[row] = {metric: spread(values) for metric, values in metrics.items()}
             if row in self.published:
                 rows[row]["published"] = self.published[row]
-            if self.base is not None and row != self.base and first in metrics:
-                rows[row]["gain"] = gain(metrics[first], self.values[self.base][first])
+            base = self._base_of(row)
+            if base is not None and first in metrics:
+                rows[row]["gain"] = gain(metrics[first], self.values[base][first])
         return {
             "name": self.name,
             "command": f"python -m simulations.distill.{self.name}",
@@ -105,6 +107,16 @@ class Report:
             "seconds": time.perf_counter() - self.began,
             "versions": made_with(),
         }
+
+    def _base_of(self, row: str) -> str | None:
+        """Return the row that ``row`` is compared with, None for a base itself and for rows of no part."""
+        if self.base is None or row == self.base:
+            return None
+        if self.base in self.values:
+            return self.base
+        part, comma, rest = row.partition(", ")
+        found = f"{part}, {self.base}"
+        return found if comma and rest != self.base and found in self.values else None
 
     def _join(self, earlier: Mapping[str, Any]) -> None:
         new = [i for i, seed in enumerate(earlier["seeds"]) if seed not in self.seeds]

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "audio net": audio_net,
         "optimizer": "sgd 0.02, momentum 0.9, weight decay 5e-4, cosine, batch 25",
     }
-    report = Report("crossmodal", settings, words.seeds, {"accuracy": "right %"}, base=None)
+    report = Report("crossmodal", settings, words.seeds, {"accuracy": "right %"}, base="labels alone")
     seen = images(words.small, None if words.small else 10000, test_size=None if words.small else 2000)
     sight = model(image_net, seen.shape, 10, "crossmodal")
     Distiller(sight, None, [Term(CrossEntropy(), 1.0)], fit=teach).fit(seen.x, seen.y)

@@ -4,8 +4,8 @@ nodes: GLNN (S. Zhang et al., ICLR 2022), NOSMOG (Y. Tian et al., ICLR 2023) and
 are those published with GLNN: the largest component, 20 labels per class, 30 per class for validation, at most 200 epochs,
 patience 50, Adam 0.01; teacher GraphSAGE 2 x 128 without dropout, weight decay 5e-4, five neighbours drawn per layer; student
 MLP 2 x 128, dropout 0.6, weight decay 5e-3, batches of 512. ``--all`` adds NOSMOG and LSP.
-``--inductive`` holds a fifth of the test nodes out of the graph
-that teacher and students learn on, and measures on them alone.
+``--inductive`` holds a fifth of the test nodes out of the graph that teacher and students learn on, and measures on them
+alone.
 
 links: LLP (Z. Guo et al., ICML 2023); 5 % of edges for validation, 15 % for test. Its public code has 256
 hidden units and up to 20,000 epochs; here 64 and 150.
