@@ -19,6 +19,7 @@ from fedkd.deploy.serve import Standing
 from fedkd.errors import FedkdError
 
 DEAD = 2**22 + 7  # beyond the largest pid of Linux
+OWN = -1  # stands for the id of the test's own process, which differs from worker to worker
 
 
 class SuperLink:
@@ -58,9 +59,9 @@ def kit(tmp_path: Path) -> ServerKit:
     [
         ("running", DEAD, True, ["stop", "start"]),
         ("waiting", DEAD, True, ["stop", "start"]),
-        ("running", os.getpid(), True, []),
+        ("running", OWN, True, []),
         ("starting", 0, True, []),
-        ("running", os.getpid(), False, ["start"]),
+        ("running", OWN, False, ["start"]),
         ("failed", DEAD, False, ["start"]),
         ("finished", DEAD, False, []),
     ],
@@ -71,7 +72,7 @@ def test_resume(
     link = SuperLink()
     link.going = going
     monkeypatch.setattr(runs, "Control", link)
-    Standing("t", 7, phase, "", pid).write(kit.runs / "trial")
+    Standing("t", 7, phase, "", os.getpid() if pid == OWN else pid).write(kit.runs / "trial")
     runs.resume(kit, "trial")
     assert link.calls == calls
     now = Standing.read(kit.runs / "trial")
