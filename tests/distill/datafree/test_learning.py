@@ -33,7 +33,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "epochs: 8, batch_size: 64, lr: 0.05", 0.6),
         ("{name: cmi, batch_size: 128, steps: 30, width: 8, noise: 64, lr: 0.01, student_steps: 60, bank: 1024, "
          "others: 256, shift: 1, temperature: 4}", "epochs: 8, batch_size: 64, lr: 0.05", 0.6),
-        ("{name: fast, batch_size: 128, steps: 5, width: 8, noise: 64, lr: 0.01, student_steps: 20, shift: 1, "
+        ("{name: fast, batch_size: 128, steps: 5, width: 8, noise: 64, lr: 0.003, student_steps: 60, shift: 1, "
          "temperature: 4}", "epochs: 33, batch_size: 64, lr: 0.05", 0.6),
     ],
     ids=["dfad", "zskt", "dafl", "deepinversion", "cmi", "fast"],
