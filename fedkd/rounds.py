@@ -101,6 +101,7 @@ class Open:
     abstained: int = 0
     dropped: int = 0
     late: int = 0
+    heard: list[int] = field(default_factory=list)
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     up: int = 0
     down: int = 0
@@ -441,6 +442,8 @@ class Rounds:
             open.refuse(request.client, cause.reason, str(cause))
             return
         progress.heard[request.client] = request.round, self._audience(progress, request.client)
+        if request.round == open.number:
+            open.heard.append(request.client)
         if answer is None:
             open.abstained += 1
         else:
@@ -568,7 +571,7 @@ class Rounds:
         except (NothingReleased, SecureSumError) as cause:
             return str(cause)
         progress.state = replace(progress.state, memory=memory)
-        tools = Tools(self.site, open.number, ask, open.drawn)
+        tools = Tools(self.site, open.number, ask, open.drawn, sorted(open.heard))
         knowledge = self.method.aggregate(answers, progress.state, tools)
         state = replace(progress.state, knowledge=knowledge, asked=ask)
         progress.state = self.method.update(state, knowledge, tools)

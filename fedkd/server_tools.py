@@ -26,8 +26,10 @@ CHECK_EVERY = 50
 class Tools:
     """Server-side tools for one round; see :class:`fedkd.algorithms.base.ServerTools`."""
 
-    def __init__(self, site: Site, round: int, asked: np.ndarray, drawn: np.ndarray | None = None) -> None:
-        self._site, self._round = site, round
+    def __init__(
+        self, site: Site, round: int, asked: np.ndarray, drawn: np.ndarray | None = None, heard: Sequence[int] = ()
+    ) -> None:
+        self._site, self._round, self.heard = site, round, heard
         self.asked, self.drawn = asked, asked if drawn is None else drawn
         self.classes, self.shape, self.dtype = site.classes, site.shape, site.dtype
         self.devices, self.proxies = len(site.cards), 0 if site.proxy is None else len(site.proxy)

@@ -180,11 +180,13 @@ class ServerTools(Protocol):
     """What the library does for a method on the server: build, train and evaluate models on proxy samples.
 
     ``drawn``: the proxy samples drawn for this round; ``asked``: those of them that devices answered (see
-    :meth:`Algorithm.ask`). ``devices`` and ``proxies``: how many devices and proxy samples there are.
+    :meth:`Algorithm.ask`). ``heard``: the devices that this round's message surely reached, those without an answer
+    among them. ``devices`` and ``proxies``: how many devices and proxy samples there are.
     """
 
     asked: np.ndarray
     drawn: np.ndarray
+    heard: Sequence[int]
     classes: int
     devices: int
     proxies: int

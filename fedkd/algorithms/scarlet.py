@@ -88,18 +88,17 @@ class SCARLET(Algorithm):
         labels = server.memory["labels"].clone()
         mean = mean_of(answers, lambda a: a.payload.tensors()["labels"])
         labels[torch.from_numpy(tools.asked)] = enhanced_era(mean, self.beta)
-        who = torch.tensor([a.card.id for a in answers])
-        return Bundle(parts={"labels": SoftLabels(labels=labels), "who": ProxyIndices(indices=who)})
+        return SoftLabels(labels=labels)
 
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
         told, round = knowledge.tensors(), server.round - 1
         asked = torch.from_numpy(tools.asked)
         stamp, heard = server.memory["stamp"].clone(), server.memory["heard"].clone()
         stamp[asked] = torch.where(stamp[asked] >= 0, -1, round)
-        heard[told["who/indices"]] = round
-        taught = SoftLabels(labels=told["labels/labels"][torch.from_numpy(tools.drawn)])
+        heard[torch.tensor(tools.heard)] = round
+        taught = SoftLabels(labels=told["labels"][torch.from_numpy(tools.drawn)])
         sent = torch.from_numpy(np.isin(tools.drawn, tools.asked)).to(tools.dtype)
-        memory = {"labels": told["labels/labels"], "stamp": stamp, "heard": heard, "sent": sent}
+        memory = {"labels": told["labels"], "stamp": stamp, "heard": heard, "sent": sent}
         memory["last"] = torch.tensor(round)
         name, weights = server.models["student"]
         student = tools.train(
