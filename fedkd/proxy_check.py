@@ -10,7 +10,7 @@ own records (Selective-FD's selector, computed on the device). From the answers:
 * ``coverage``: exp of the entropy of the ensemble's top classes, over C: the share of classes that come up.
 * ``selected``: share of samples that some device holds for like its own; ``devices``: devices for each sample, on average.
 
-It is the information that is meant to predict which of several proxy sets ends with the better student.
+What the figures predicted of four proxy sets stands in docs/simulator.md: coverage had their order right, information nearly.
 """
 
 from __future__ import annotations

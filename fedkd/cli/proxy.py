@@ -23,7 +23,7 @@ def check(
         typer.Argument(help="An experiment (YAML file) and overrides: key=value; a comma list checks several."),
     ] = None,
 ) -> None:
-    """Let devices train for one round and tell how well the proxy set serves; more information promises more."""
+    """Let devices train for one round and tell how well the proxy set serves; more coverage promises more."""
     from fedkd.cli.main import split
     from fedkd.experiment import read_points
     from fedkd.proxy_check import FIGURES

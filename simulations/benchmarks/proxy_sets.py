@@ -1,6 +1,6 @@
 """Does ``fedkd proxy check`` tell which proxy set will serve? ``python -m simulations.benchmarks.proxy_sets``.
 
-For five proxy sets of one size: what the check says after one round, and the accuracy that DS-FL's student reaches after
+For four proxy sets of one size: what the check says after one round, and the accuracy that DS-FL's student reaches after
 all rounds, means over the seeds; then the rank correlation of both. MNIST, 10 devices at Dirichlet 0.5, 3,000 private
 records, a perceptron.
 """
@@ -37,7 +37,6 @@ SETS: dict[str, dict[str, Any]] = {
     "images, slightly mixed": {"kind": "mixup", "size": 500, "mixup_alpha": 0.2},
     "images, mixed evenly": {"kind": "mixup", "size": 500, "mixup_alpha": 50.0},
     "ten images, mixed": {"kind": "mixup", "size": 500, "base_size": 10},
-    "noise": {"kind": "noise", "size": 500},
 }
 
 
