@@ -106,6 +106,13 @@ def test_scarlet_sends_fewer_bytes_than_ds_fl() -> None:
     assert ours.bytes_up < 0.6 * theirs.bytes_up and ours.bytes_down < 0.8 * theirs.bytes_down
 
 
+def test_scarlet_sends_devices_without_records_no_label_twice() -> None:
+    played, tap = tapped(merged(scarlet(duration=50), {"proxy_per_round": None, "rounds": 4}))
+    empty = [r.bytes for r in tap.requests if not len(played.site.private(r.client))]
+    # Round 1 brings all labels; nothing is new afterwards.
+    assert len(empty) == 4 and empty[1] > 1.5 * max(empty[2:])
+
+
 @pytest.mark.parametrize(
     "more",
     [
