@@ -7,9 +7,7 @@ import wave
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedkd.data.config import DataConfig
 from fedkd.data.files import required
@@ -26,7 +24,7 @@ WINDOW = 256
 CENTRE, SCALE = -4.0, 4.0
 
 
-def mel_filters(bands: int, window: int, rate: int) -> Tensor:
+def mel_filters(bands: int, window: int, rate: int) -> NDArray[np.float32]:
     """Return triangular filters [bands, window // 2 + 1] spaced evenly in mel, 2595 log10(1 + f / 700), from 0 to rate / 2.
 
     S. Davis, P. Mermelstein, "Comparison of Parametric Representations for Monosyllabic Word Recognition", IEEE TASSP 1980,
@@ -37,7 +35,8 @@ def mel_filters(bands: int, window: int, rate: int) -> Tensor:
     bins = np.arange(window // 2 + 1) * rate / window
     low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     rising, falling = (bins - low) / (middle - low), (high - bins) / (high - middle)
-    return torch.from_numpy(np.clip(np.minimum(rising, falling), 0, None).astype(np.float32))
+    filters: NDArray[np.float32] = np.clip(np.minimum(rising, falling), 0, None).astype(np.float32)
+    return filters
 
 
 def log_mel(sound: NDArray[np.int16], rate: int = RATE) -> NDArray[np.float32]:
@@ -54,11 +53,13 @@ def log_mel(sound: NDArray[np.int16], rate: int = RATE) -> NDArray[np.float32]:
     samples = np.zeros(FRAMES * HOP, np.float32)
     part = sound[: len(samples)]
     samples[: len(part)] = part.astype(np.float32) / 32768
-    padded = torch.from_numpy(np.pad(samples, (0, WINDOW - HOP)))
-    frames = padded.unfold(0, WINDOW, HOP)[:FRAMES] * torch.hann_window(WINDOW)
-    power = torch.fft.rfft(frames).abs().square()
+    padded = np.pad(samples, (0, WINDOW - HOP))
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP][:FRAMES] * hann
+    power = np.abs(np.fft.rfft(frames)) ** 2
     mel = mel_filters(BANDS, WINDOW, RATE) @ power.T
-    return ((torch.log(mel + 1e-6) - CENTRE) / SCALE).unsqueeze(0).numpy().astype(np.float32)
+    features: NDArray[np.float32] = ((np.log(mel + 1e-6) - CENTRE) / SCALE)[None].astype(np.float32)
+    return features
 
 
 def read_fsdd(config: DataConfig) -> Records:
