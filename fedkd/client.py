@@ -24,7 +24,7 @@ from fedkd.predictors import learn, probabilities_of
 from fedkd.privacy.dpsgd import train_private
 from fedkd.privacy.mechanisms import Party
 from fedkd.privacy.secure.exchange import take_part, write_masked
-from fedkd.privacy.secure.protocol import SecureSumError, is_message
+from fedkd.privacy.secure.heads import SecureSumError, is_message
 from fedkd.records import Records, records
 from fedkd.seeding import key
 from fedkd.site import Site

@@ -27,8 +27,8 @@ from fedkd.messages import Request, write_request
 from fedkd.payloads import Bundle, Contract, Envelope, Nothing, Payload, PayloadError, ids_hash
 from fedkd.privacy.mechanisms import NothingReleased
 from fedkd.privacy.secure.exchange import SecureRound
+from fedkd.privacy.secure.heads import SecureSumError
 from fedkd.privacy.secure.mechanism import SecureSum
-from fedkd.privacy.secure.protocol import SecureSumError
 from fedkd.runners.base import Inspection, Runner, count_correct
 from fedkd.seeding import key, numpy_rng
 from fedkd.server_tools import Tools
@@ -228,6 +228,7 @@ class Rounds:
             progress.clock += self.experiment.virtual.server_seconds
         if open.sum is not None:
             open.up, open.down = open.up + open.sum.up, open.down + open.sum.down
+            open.late, open.dropped = open.late + len(open.sum.late), open.dropped + len(open.sum.offline)
             for client, reason in open.sum.refused.items():
                 open.refuse(client, "secure", reason)
         record: dict[str, Any] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkd.algorithms.base import DeviceState
 from fedkd.payloads import Payload, outline, rebuild
-from fedkd.storage import StorageError, pack_tensors, unpack_tensors, write_atomic
+from fedkd.storage import StorageError, pack_tensors, sync_folder, unpack_tensors, write_atomic
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,13 @@ class FolderStore(Store):
     def save_session(self, client: int, session: bytes | None) -> None:
         path = self._session(client)
         if session is None:
-            path.unlink(missing_ok=True)
+            if path.exists():
+                path.unlink()
+                # A session that a power cut brought back could be answered a second time.
+                sync_folder(path.parent)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, session)
+        write_atomic(path, session, mode=0o600)
 
     def last_summed(self, client: int, run: str) -> int:
         path = self._summed_path(client)

@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,16 +23,18 @@ from fedkd.deploy.localdata import LocalData, read_local_data
 from fedkd.deploy.mail import Ask, Say
 from fedkd.deploy.outbox import Outbox
 from fedkd.deploy.policy import NodePolicy, read_policy
+from fedkd.deploy.sums import SumRegister
 from fedkd.envelope import PayloadError
 from fedkd.errors import ConfigError, DataError, FedkdError, kind_of
 from fedkd.labeller import OWN
 from fedkd.privacy.policy import PolicyError
+from fedkd.privacy.secure.heads import SERVER, is_message, read, read_step, session_id
 from fedkd.storage import StorageError, write_atomic
 
 log = logging.getLogger("fedkd.deploy.client.device")
 
 RUN_NAME = re.compile(r"^[A-Za-z0-9][\w.-]{0,127}$")
-RUNS, PROXIES, LEDGER = "runs", "proxies", "privacy/ledger.jsonl"
+RUNS, PROXIES, LEDGER, SUMS = "runs", "proxies", "privacy/ledger.jsonl", "privacy/sums.json"
 ROUNDS_KEPT = 8
 """A server that falls back to an older checkpoint asks older rounds again, and finds the device as it was then."""
 RUNS_KEPT = 8
@@ -147,8 +149,14 @@ class Device:
                 f"the request has {size} bytes, this node's policy allows max_request_bytes {self.policy.max_request_bytes}"
             )
         with _of_the_request():
-            envelope = read_head(ask.request).envelope
-        if envelope.run != ask.run or envelope.round != ask.round:
+            if is_message(ask.request):
+                # Bound to run and round by its session.
+                read(ask.request, read_step(ask.request), SERVER, session_id(ask.run, ask.round))
+                speaks_of = ask.run, ask.round
+            else:
+                envelope = read_head(ask.request).envelope
+                speaks_of = envelope.run, envelope.round
+        if speaks_of != (ask.run, ask.round):
             # The ledger is charged under the message's own words: they must not differ from what the answer is kept by.
             raise Refused("form", "the request's wrapping and its message speak of different rounds")
         desk = self._sit_down(ask)
@@ -237,13 +245,14 @@ class Device:
 
 @dataclass(frozen=True)
 class _Desk:
-    """A run at hand: site, engine and store."""
+    """A run at hand: site, engine and store; and the register of secure sums, where the run has them."""
 
     client: int
     site: object
     engine: object
     store: object
     rounds: int
+    sums: SumRegister | None
 
     @classmethod
     def open(cls, device: Device, ask: Ask, experiment: object, proxy: ProxySet | None, own: Dataset) -> _Desk:
@@ -256,10 +265,11 @@ class _Desk:
 
         assert isinstance(experiment, Experiment)
         site = device_site(experiment, ask.experiment, own, proxy, device.id, device.policy.max_parameters)
-        if experiment.privacy.kind == "dp_sgd":
+        if experiment.privacy.kind == "dp_sgd" or (experiment.privacy.secure_sum and experiment.privacy.kind != "none"):
             site.mechanism.open(Ledger(device.state / LEDGER), device.policy)
         store = FolderStore(device.state / RUNS / ask.run / "models", keep=ROUNDS_KEPT)
-        return cls(device.id, site, SerialEngine(site), store, experiment.rounds)
+        sums = SumRegister(device.state / SUMS) if experiment.privacy.secure_sum else None
+        return cls(device.id, site, SerialEngine(site), store, experiment.rounds, sums)
 
     def respond(self, ask: Ask) -> tuple[bytes | None, str | None]:
         """Let the device work; returns its message, or why there is none."""
@@ -267,5 +277,8 @@ class _Desk:
         from fedkd.messages import Request
 
         request = Request(self.client, ask.round, ask.request, ask.holds)
-        reply = respond(self.site, self.engine, self.store, [request])[0]  # type: ignore[arg-type]
+        with self.sums.turn(ask.run, ask.round, ask.request) if self.sums is not None else nullcontext() as refused:
+            if refused is not None:
+                return None, refused
+            reply = respond(self.site, self.engine, self.store, [request])[0]  # type: ignore[arg-type]
         return reply.body, reply.error

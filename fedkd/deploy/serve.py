@@ -129,7 +129,7 @@ def _play(kit: ServerKit, grid: Any, folder: Path, standing: Standing) -> None:
         }
         write_json(folder / simulate.PARTITION, note)
     Standing(standing.token, standing.flower_run, "waiting", "", standing.pid).write(folder)
-    runner.wait_for(experiment.population.minimum)
+    runner.wait_for(max(experiment.population.minimum, site.mechanism.least))
     Standing(standing.token, standing.flower_run, "running", "", standing.pid).write(folder)
     simulate.play(site, runner, folder, _Watch(experiment.deployment.max_failed_rounds), run=runner.run)
 

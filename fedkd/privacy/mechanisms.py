@@ -93,6 +93,8 @@ class Mechanism(ABC):
     """Answers leave as masked vectors, of which the server learns the sum alone."""
     empty_answers: bool = False
     """A device without records answers like the others, because its silence would tell that it has none."""
+    least: int = 1
+    """Fewest devices whose answers it makes anything of."""
     secret_cohort: bool = False
     """Clients are drawn by :meth:`draw`, in secret, instead of from the experiment's seed."""
 

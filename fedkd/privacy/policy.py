@@ -20,6 +20,9 @@ class AskedPrivacy(Protocol):
     @property
     def seeded(self) -> bool: ...
 
+    @property
+    def secure_sum(self) -> bool: ...
+
 
 class AskedPopulation(Protocol):
     """The section ``population`` of what is asked."""
@@ -106,9 +109,14 @@ class Policy(BaseModel):
         if (self.require_privacy or self.epsilon is not None) and kind == "none":
             raise PolicyError("this node's policy asks for differential privacy; the experiment has privacy.kind none")
         if self.epsilon is not None and kind in ("labels", "votes"):
+            how = (
+                "adds noise in shares, too little of it where the server invents the other devices"
+                if experiment.privacy.secure_sum
+                else "protects clients on the server only, which sees raw answers"
+            )
             raise PolicyError(
-                f"this node's policy caps what leaves this node; privacy.kind {kind} protects clients on the server "
-                "only, which sees raw answers: use dp_sgd, or lift the cap if you trust the server"
+                f"this node's policy caps what leaves this node; privacy.kind {kind} {how}: use dp_sgd, or lift the cap if "
+                "you trust the server"
             )
         if experiment.privacy.seeded and (self.require_privacy or self.epsilon is not None):
             raise PolicyError("this node's policy asks for privacy; privacy.seeded makes noise that can be foreseen")

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fedkd.privacy.secure.protocol import Collector, Session, Terms, residues, session_id
+from fedkd.privacy.secure.heads import session_id
+from fedkd.privacy.secure.protocol import Collector, Session, Terms, residues
 from fedkd.privacy.secure.quantise import bits_for
 from simulations.tables import HERE, made_with
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fedkd import simulate
 from fedkd.deploy.mail import Ask, MailError
-from fedkd.errors import ConfigError, DataError
+from fedkd.errors import DataError
 
 CLIENTS = 3
 
@@ -291,8 +291,3 @@ def test_a_servers_runs_share_one_account(network: Network, tmp_path: Path, monk
     (tmp_path / "a" / simulate.CONFIG).write_text(chosen.dump())
     with pytest.raises(Seen):
         serve._play(network.server, None, tmp_path / "a", serve.Standing("t"))
-
-
-def test_secure_sums_are_refused_on_a_network(network: Network, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="by `fedkd simulate` only"):
-        network.play(experiment(CLIENTS, privacy={"kind": "none", "secure_sum": True}), tmp_path / "run")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedkd.privacy.secure.protocol import Collector, Session, Terms, residues, session_id
+from fedkd.privacy.secure.heads import session_id
+from fedkd.privacy.secure.protocol import Collector, Session, Terms, residues
 
 
 @dataclass

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from fedkd.privacy.noise import NoiseSource
-from fedkd.privacy.secure import masks, protocol, shamir, skellam
-from fedkd.privacy.secure.protocol import Collector, SecureSumError, Session, Terms, residues, session_id, signed
+from fedkd.privacy.secure import heads, masks, protocol, shamir, skellam
+from fedkd.privacy.secure.heads import SecureSumError, session_id
+from fedkd.privacy.secure.protocol import Collector, Session, Terms, residues, signed
 from fedkd.privacy.secure.quantise import Grid, bits_for, one_hot
 from tests.privacy.secure_parties import run
 
@@ -56,7 +57,7 @@ def test_a_vector_that_comes_too_late_is_left_out_and_stays_hidden():
     assert ran.survivors == {0, 1, 3, 4, 5}
     assert np.array_equal(ran.total, np.sum([given_[k] for k in (0, 1, 3, 4, 5)], axis=0))
     # The server has recovered its mask key, and takes off every mask between two devices; its own mask stays on.
-    rows = protocol.unpack(protocol._stream(TERMS), protocol.read(ran.replies[-3], protocol.MASKED, 2, ran.server.id))
+    rows = protocol.unpack(protocol._stream(TERMS), heads.read(ran.replies[-3], heads.MASKED, 2, ran.server.id))
     left = rows.copy()
     for other in (0, 1, 3, 4, 5):
         left -= protocol.pair_mask(ran.devices[2].mask_key, ran.server.roster[other][1], ran.server.id, 2, other, TERMS)
@@ -158,7 +159,7 @@ def test_the_view_is_found_out_where_masks_are_omitted(monkeypatch, omitted):
             lambda s, count, bits: np.zeros(count, np.uint32) if s in seeds else expand(s, count, bits),
         )
         ran = run(small_inputs(6, VIEW.length), VIEW, late=[2])
-        body = protocol.read(ran.replies[-3], protocol.MASKED, 2, ran.server.id)
+        body = heads.read(ran.replies[-3], heads.MASKED, 2, ran.server.id)
         left = protocol.unpack(protocol._stream(VIEW), body).copy()
         for other in (0, 1, 3, 4, 5):
             key = ran.devices[2].mask_key
@@ -241,7 +242,7 @@ def test_a_step_is_answered_once_and_in_its_order():
 def test_no_device_gives_away_both_secrets_of_another():
     server, devices = sent()
     body = devices[0].unmask(server.survivors_message(), TERMS)
-    rows = list(protocol._rows(body[protocol._HEAD.size :], protocol._ROW_SHARE, "shares"))
+    rows = list(protocol._rows(body[heads.HEAD.size :], protocol._ROW_SHARE, "shares"))
     assert [client for client, _, _ in rows] == sorted({client for client, _, _ in rows}) == [0, 1, 2, 3, 4]
 
 
@@ -253,7 +254,7 @@ def test_a_device_refuses_a_list_of_survivors_that_would_undress_somebody(names,
     server, devices = sent()
     rows = b"".join(protocol._ROW_ID.pack(k) for k in names)
     with pytest.raises(SecureSumError, match=why):
-        devices[0].unmask(protocol.write(protocol.UNMASK, protocol.SERVER, server.id, rows), TERMS)
+        devices[0].unmask(heads.write(heads.UNMASK, heads.SERVER, server.id, rows), TERMS)
 
 
 def test_a_device_refuses_a_roster_that_is_too_small_or_shows_other_keys():
@@ -293,7 +294,7 @@ def test_the_server_outlives_any_bytes_from_a_device():
     rng = np.random.default_rng(0)
     good = devices[1].masked(residues(np.zeros(LENGTH, np.int64), BITS), TERMS)
     cases = [b"", good[:10], good[:-1], good + b"x", rng.bytes(len(good)), server.opening()]
-    cases += [protocol.write(step, 1, server.id, rng.bytes(99)) for step in protocol.STEPS]
+    cases += [heads.write(step, 1, server.id, rng.bytes(99)) for step in heads.STEPS]
     for body in cases:
         for take in (server.take_keys, server.take_shares, server.take_ready, server.take_masked):
             with pytest.raises(SecureSumError):

@@ -12,7 +12,7 @@ from fedkd.errors import ConfigError
 from fedkd.experiment import load
 from fedkd.messages import Request
 from fedkd.privacy import plan as plans
-from fedkd.privacy.secure import protocol
+from fedkd.privacy.secure import heads, protocol
 from fedkd.privacy.secure.exchange import take_part
 from fedkd.privacy.secure.quantise import bits_for
 from fedkd.records import Records
@@ -66,14 +66,14 @@ def test_a_secure_sum_gives_the_mean_that_the_server_would_have_taken(kind, meth
         assert bool((a.argmax(-1) == b.argmax(-1)).float().mean() > 0.8)
     assert records[0]["answered"] == 6 and records[0]["failed"] is None
     assert records[0]["loss"] == {}, "a device's own loss beside a sum that hides its answer"
-    assert all(protocol.is_message(body) for body in bodies) and not any(map(protocol.is_message, clear))
+    assert all(heads.is_message(body) for body in bodies) and not any(map(heads.is_message, clear))
 
 
 def test_every_byte_of_the_protocol_is_counted():
     site, _, records, bodies = play("privacy.secure_sum=true", "rounds=1")
     assert records[0]["bytes_up"] == sum(map(len, bodies))
     terms = site.mechanism.terms
-    masked = [b for b in bodies if protocol.read_step(b) == protocol.MASKED]
+    masked = [b for b in bodies if heads.read_step(b) == heads.MASKED]
     assert len(masked) == 6
     assert {len(b) for b in masked} == {29 + (terms.length * terms.bits + 7) // 8}
 
@@ -93,7 +93,7 @@ def test_a_round_below_the_minimum_fails_by_name_and_its_sum_is_never_learned():
         "population.dropout=0.7", "population.minimum=5", "privacy.secure_sum=true", "rounds=3"
     )
     assert all("at least 5" in r["failed"] for r in records)
-    assert not [b for b in bodies if protocol.read_step(b) == protocol.UNMASK]
+    assert not [b for b in bodies if heads.read_step(b) == heads.UNMASK]
 
 
 def test_sessions_survive_between_messages_in_a_folder(tmp_path):
@@ -206,8 +206,8 @@ def test_a_device_sends_nothing_without_a_session_and_no_plain_answer_ever():
     experiment = load(None, [*SMALL, "privacy.secure_sum=true"])[0][1]
     site = Site.load(experiment)
     store = MemoryStore()
-    for step in (protocol.DEAL, protocol.RELAY, protocol.UNMASK):
-        body = protocol.write(step, protocol.SERVER, protocol.session_id("run", 0))
+    for step in (heads.DEAL, heads.RELAY, heads.UNMASK):
+        body = heads.write(step, heads.SERVER, heads.session_id("run", 0))
         reply = take_part(site, store, Request(0, 0, body))
         assert reply.body is None and "no session" in (reply.error or "")
     # The ordinary request of a round, without the steps before it.
@@ -246,5 +246,5 @@ def test_no_second_sum_of_a_round(folder, tmp_path):
 
 def test_a_node_without_the_setting_refuses_the_protocol():
     site = Site.load(load(None, SMALL)[0][1])
-    body = protocol.write(protocol.KEYS, protocol.SERVER, protocol.session_id("run", 0))
+    body = heads.write(heads.KEYS, heads.SERVER, heads.session_id("run", 0))
     assert "no secure sum" in (take_part(site, MemoryStore(), Request(0, 0, body)).error or "")

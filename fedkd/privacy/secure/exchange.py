@@ -14,20 +14,9 @@ from fedkd.collected import Collected
 from fedkd.messages import Heading, Reply, Request
 from fedkd.payloads import Integers
 from fedkd.privacy.mechanisms import Released
+from fedkd.privacy.secure.heads import DEAL, KEYS, RELAY, UNMASK, SecureSumError, is_message, read_step, session_id
 from fedkd.privacy.secure.mechanism import SecureSum
-from fedkd.privacy.secure.protocol import (
-    DEAL,
-    KEYS,
-    RELAY,
-    UNMASK,
-    Collector,
-    SecureSumError,
-    Session,
-    is_message,
-    read_step,
-    residues,
-    session_id,
-)
+from fedkd.privacy.secure.protocol import Collector, Session, residues
 from fedkd.site import Site
 from fedkd.store import Store
 
@@ -102,13 +91,18 @@ def _held(store: Store, client: int) -> Session:
 
 # ---- the server -----------------------------------------------------------------------------------------------------
 class SecureRound:
-    """The server's walk through one session. ``up`` and ``down`` count the bytes of its messages."""
+    """The server's walk through one session. ``up`` and ``down`` count the bytes of its messages.
+
+    ``late``, ``offline``: devices of which nothing came in a step before their vectors. ``refused``: why others are out.
+    """
 
     def __init__(self, mechanism: SecureSum, runner: Runner, run: str, round: int) -> None:
         self.mechanism, self.runner, self.round = mechanism, runner, round
         self.collector = Collector(mechanism.terms, session_id(run, round))
         self.up = self.down = 0
         self.refused: dict[int, str] = {}
+        self.late: set[int] = set()
+        self.offline: set[int] = set()
 
     def gather(self, clients: Sequence[int]) -> list[int]:
         """Exchange keys and shares; return the devices that are ready to send a vector.
@@ -146,10 +140,17 @@ class SecureRound:
         self.down += sum(request.bytes for request in requests)
         for reply in self.runner.ask(requests):
             if reply.body is None:
-                self.refused[reply.client] = reply.error or "no answer"
+                self._miss(reply)
                 continue
             self.up += len(reply.body)
             try:
                 take(reply.client, reply.body)
             except SecureSumError as cause:
                 self.refused[reply.client] = str(cause)
+
+    def _miss(self, reply: Reply) -> None:
+        if reply.reason not in ("late", "offline"):
+            self.refused[reply.client] = reply.error or "no answer"
+        elif reply.client not in self.collector.vectors:
+            # Whoever is lost after that is in the sum all the same.
+            (self.late if reply.reason == "late" else self.offline).add(reply.client)

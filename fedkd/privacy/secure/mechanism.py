@@ -101,7 +101,7 @@ class SecureSum(Mechanism):
             bits = bits_for(cohort, self.grid.largest, skellam.reach(variance))
         except ValueError as cause:
             raise ConfigError(f"{cause} (privacy.secure_scale)") from cause
-        self.terms = Terms(length=length, bits=bits, minimum=least, threshold=config.secure_threshold)
+        self.terms = Terms(length=length, bits=bits, minimum=least, threshold=config.secure_threshold, clients=clients)
         self._charged: set[tuple[int, str, int]] = set()
 
     def _norms(self, length: int) -> tuple[float, float, float]:
@@ -178,13 +178,24 @@ class SecureSum(Mechanism):
                 return f"{reason} ({whose})"
         return None
 
+    def asked(self, run: str, round: int, devices: Sequence[int]) -> None:
+        if not self.noisy:
+            return self.inner.asked(run, round, devices)
+        self.ledger.refresh()
+        self._book(run, round, devices, "at most: every device that was asked added its share to a noisy sum")
+        return None
+
     def _charge(self, run: str, round: int, devices: Sequence[int]) -> None:
+        self._book(run, round, devices, f"share of a noisy sum of {'votes' if self.counts_votes else 'soft labels'}")
+        self._charged |= {(device, run, round) for device in devices}
+
+    def _book(self, run: str, round: int, devices: Sequence[int], what: str) -> None:
         self.ledger.charge(
             [
                 Entry(
                     run=run,
                     round=round,
-                    what=f"share of a noisy sum of {'votes' if self.counts_votes else 'soft labels'}",
+                    what=what,
                     mechanism=self.name,
                     unit="client",
                     relation=self.config.relation,
@@ -195,7 +206,6 @@ class SecureSum(Mechanism):
                 for event in self.price()
             ]
         )
-        self._charged |= {(device, run, round) for device in devices}
 
     def release(
         self, payload: Payload, party: Party, *, examples: float = 1.0, losses: Mapping[str, float] | None = None

@@ -32,7 +32,6 @@ certificate and pin the cohort), and what the sum itself tells (that needs noise
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import struct
@@ -47,15 +46,22 @@ from numpy.typing import NDArray
 
 from fedkd.codecs.base import Stream
 from fedkd.codecs.bits import pack, unpack
-from fedkd.payloads import PayloadError
 from fedkd.privacy.secure import shamir
+from fedkd.privacy.secure.heads import (
+    DEAL,
+    HEAD,
+    KEYS,
+    MASKED,
+    RELAY,
+    SERVER,
+    STEPS,
+    UNMASK,
+    SecureSumError,
+    read,
+    write,
+)
 from fedkd.privacy.secure.masks import KEY_BYTES, Residues, agree, expand, modulus_mask, public_key
 
-KEYS, DEAL, RELAY, MASKED, UNMASK = range(1, 6)
-STEPS = {KEYS: "keys", DEAL: "deal", RELAY: "relay", MASKED: "masked", UNMASK: "unmask"}
-
-_MAGIC = b"FKS\x01"
-_HEAD = struct.Struct("<4sBq16s")  # magic, step, sender, session
 _ROW_KEYS = struct.Struct(f"<I{KEY_BYTES}s{KEY_BYTES}s")
 _CIPHER_BYTES = 2 * shamir.SHARE_BYTES + 16
 _ROW_CIPHER = struct.Struct(f"<I{_CIPHER_BYTES}s")
@@ -64,28 +70,21 @@ _ROW_ID = struct.Struct("<I")
 _OWN_SEED, _MASK_KEY = 0, 1
 _NONCE = bytes(12)  # a key is used for one message
 
-SERVER = -1
-
-
-class SecureSumError(PayloadError):
-    """A message or a state that the protocol refuses; the session of the round, or one device's part in it, ends."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("secure", message)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
     """What all parties know beforehand, from the experiment and not from a message.
 
     ``length``: entries of a vector. ``bits``: the modulus is 2^bits. ``minimum``: the smallest sum that may be learned, in
-    devices. ``threshold``: share of the roster that a recovery needs more than.
+    devices. ``threshold``: share of the roster that a recovery needs more than. ``clients``: devices of the federation,
+    numbered from 0; a roster names no other.
     """
 
     length: int
     bits: int
     minimum: int = 3
     threshold: float = 0.5
+    clients: int = 2**32
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 32:
@@ -104,50 +103,7 @@ class Terms:
         return max(self.minimum, self.needed(roster))
 
 
-def session_id(run: str, round: int) -> bytes:
-    """Return the 16 bytes that bind messages and keys to a run's round."""
-    return hashlib.sha256(json.dumps([run, round]).encode()).digest()[:16]
-
-
-def is_message(body: bytes) -> bool:
-    """Tell whether a body belongs to this protocol."""
-    return body[:4] == _MAGIC
-
-
 # ---- messages -------------------------------------------------------------------------------------------------------
-def write(step: int, sender: int, session: bytes, rows: bytes = b"") -> bytes:
-    """Return a message."""
-    return _HEAD.pack(_MAGIC, step, sender, session) + rows
-
-
-def read_step(body: bytes) -> int:
-    """Return the step that a message belongs to.
-
-    Raises:
-        SecureSumError: no message of this protocol.
-    """
-    if len(body) < _HEAD.size or not is_message(body) or body[4] not in STEPS:
-        raise SecureSumError("expected a message of the secure sum, got other bytes")
-    return body[4]
-
-
-def read(body: bytes, step: int, sender: int, session: bytes) -> bytes:
-    """Return the rows of a message that must come from ``sender``, in ``step`` of ``session``.
-
-    Raises:
-        SecureSumError: naming what differs.
-    """
-    got = read_step(body)
-    _, _, who, which = _HEAD.unpack_from(body)
-    if got != step:
-        raise SecureSumError(f"expected a message of step {STEPS[step]!r}, got {STEPS[got]!r}")
-    if who != sender:
-        raise SecureSumError(f"expected a message of party {sender}, it claims to be of {who}")
-    if which != session:
-        raise SecureSumError("the message belongs to another run or round")
-    return body[_HEAD.size :]
-
-
 def _rows(data: bytes, form: struct.Struct, what: str) -> Iterator[tuple[Any, ...]]:
     if len(data) % form.size:
         raise SecureSumError(f"a list of {what} has a broken length of {len(data)} bytes")
@@ -220,9 +176,9 @@ class Session:
     @staticmethod
     def answer_opening(body: bytes, client: int) -> Session:
         """Open the session that the server's first message names."""
-        if len(body) != _HEAD.size:
-            raise SecureSumError(f"an opening of {len(body)} bytes, expected {_HEAD.size}")
-        id: bytes = _HEAD.unpack(body)[3]
+        if len(body) != HEAD.size:
+            raise SecureSumError(f"an opening of {len(body)} bytes, expected {HEAD.size}")
+        id: bytes = HEAD.unpack(body)[3]
         read(body, KEYS, SERVER, id)
         return Session.open(id, client)
 
@@ -243,6 +199,8 @@ class Session:
         own = (public_key(self.cipher_key), public_key(self.mask_key))
         if roster.get(self.client) != own:
             raise SecureSumError("the roster does not show this device's own keys")
+        if max(roster) >= terms.clients:
+            raise SecureSumError(f"the roster names device {max(roster)} of a federation of {terms.clients}")
         fewest = terms.fewest(len(roster))
         if len(roster) < fewest:
             raise SecureSumError(f"a roster of {len(roster)} devices, at least {fewest} are needed")
