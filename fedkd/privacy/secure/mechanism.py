@@ -61,6 +61,7 @@ class SecureSum(Mechanism):
     def __init__(self, experiment: Experiment, inner: Mechanism, *, clients: int, queries: int, classes: int) -> None:
         super().__init__()
         self.inner, self.config = inner, experiment.privacy
+        inner.open(self.ledger)  # one account, whoever charges it
         config, population = experiment.privacy, experiment.population
         self.classes, self.queries, self.rounds, self.seed = classes, queries, experiment.rounds, experiment.seed
         self.student = experiment.models.student
