@@ -41,7 +41,7 @@ def test_everything_that_a_step_touches_moves_to_the_gpu(
         "training": {"schedule": "cosine", "optimizer": optimizer},
     }
     again = assemble(raw, kind="stacked")
-    monkeypatch.setattr(stacked, "device", lambda wanted: torch.device("meta"))
+    monkeypatch.setattr(stacked, "device", lambda wanted, key: torch.device("meta"))
     engine = StackedEngine(again.site)
     seen: list[str] = []
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedkd.errors import ConfigError
+from fedkd.named import check_parameters, class_named
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Algorithm
@@ -54,19 +53,7 @@ def method_class(name: str) -> type[Algorithm]:
     # Here, so that a client without torch can read the names.
     from fedkd.algorithms.base import Algorithm
 
-    path = METHODS.get(name, name)
-    if ":" not in path:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"no method is named {name!r}.{hint} Known: {', '.join(METHODS)}; or package.module:Class.")
-    module, attribute = path.split(":", 1)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as cause:
-        raise ConfigError(f"method {name!r} cannot be imported: {cause}") from cause
-    if not (isinstance(found, type) and issubclass(found, Algorithm) and dataclasses.is_dataclass(found)):
-        raise ConfigError(f"method {name!r} is no frozen dataclass derived from fedkd.algorithms.base.Algorithm")
-    return found
+    return class_named(name, METHODS, Algorithm, "method", "fedkd.algorithms.base")
 
 
 def resolve(value: Any) -> dict[str, Any]:
@@ -88,12 +75,7 @@ def build(section: Mapping[str, Any]) -> Algorithm:
     name = section["name"]
     cls = method_class(name)
     given = {k: v for k, v in section.items() if k != "name"}
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else f" It takes: {', '.join(known) or 'none'}."
-            raise ConfigError(f"{name} has no parameter {key!r}.{hint}")
+    check_parameters(cls, name, given)
     try:
         return _adapter(cls).validate_python(given)
     except ValidationError as cause:

@@ -24,6 +24,7 @@ from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, OnnxTeacher, 
 from fedkd.distill.terms import Term
 from fedkd.errors import ConfigError
 from fedkd.experiment import build, read_yaml
+from fedkd.hardware import device
 from fedkd.losses import KD, CrossEntropy
 from fedkd.models import Architecture
 from fedkd.seeding import key
@@ -266,11 +267,6 @@ class _Work:
         low, high = bounds if bounds is not None else (None, None)
         form = Form(shape=self.shape, classes=self.classes, low=low, high=high)
         asked = guide(teacher)
-        device = experiment.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch finds no GPU here: take device=auto or device=cpu")
         work = DataFree(
             self.student,
             asked,
@@ -279,7 +275,7 @@ class _Work:
             fit=experiment.training.fit,
             seed=experiment.seed,
             keep=experiment.pool,
-            device=device,
+            device=device(experiment.device, "device").type,
         )
         work.run(checkpoint=self._place("student"), watch=self._watcher("student", experiment.training))
         queries = asked.queries

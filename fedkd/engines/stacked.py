@@ -25,8 +25,8 @@ from torch.func import vmap
 
 from fedkd.algorithms.base import Batch, Card, DeviceState, Heard, Phase, View
 from fedkd.engines.base import Engine, SerialEngine, Task, nested, padded, set_mode, split_trainable
-from fedkd.errors import ConfigError
 from fedkd.experiment import TrainingConfig
+from fedkd.hardware import device
 from fedkd.kernels.build import Library, library
 from fedkd.kernels.jobs import CHUNK, agreeing, train
 from fedkd.kernels.program import Program
@@ -51,18 +51,6 @@ BLOCK_BUDGET_BYTES = 64 * 2**20
 """What a stack's weights and one pass's activations may take in the compiled kernels."""
 
 
-def device(wanted: str) -> torch.device:
-    """Return the device that computes: ``auto`` takes a GPU where there is one.
-
-    Raises:
-        ConfigError: ``cuda`` where torch finds none.
-    """
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise ConfigError("runner.device is cuda, but torch finds no GPU here: use cpu or auto")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
-
-
 class Fallback(UserWarning):
     """A model or method that cannot be stacked, and is looped instead."""
 
@@ -76,7 +64,7 @@ class StackedEngine(Engine):
         self._refused: set[Hashable] = set()
         self._said: set[str] = set()
         self._read: dict[str, dict[str, Program]] = {}
-        self._device = device(self.experiment.runner.device)
+        self._device = device(self.experiment.runner.device, "runner.device")
 
     # ---- training ---------------------------------------------------------------------------------------------------
     def train(self, phase: Phase, tasks: Sequence[Task]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedkd.graphs.early import keep_best
 from fedkd.graphs.graph import Graph
 from fedkd.graphs.models import GraphNet, NodeMLP, mean_adjacency
 from fedkd.graphs.positions import walks
@@ -134,34 +134,26 @@ def _train(
         teacher.eval()
         with torch.no_grad():
             told = teacher.embed(x, adjacency)
-    best, waited, state = -1.0, 0, copy.deepcopy(model.state_dict())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "links"))
-        for epoch in range(fit.epochs):
-            model.train()
-            rng = numpy_rng(seed, "links", epoch)
-            h = model.embed(x, adjacency)
-            negative = torch.from_numpy(_no_edges(known, positive.shape[1], rng))
-            pairs = torch.cat([positive, negative], 1)
-            truth = torch.cat([torch.ones(positive.shape[1]), torch.zeros(negative.shape[1])])
-            loss = fit.labels * F.binary_cross_entropy_with_logits(model.logits(h[pairs[0]], h[pairs[1]]), truth)
-            if teacher is not None:
-                assert told is not None
-                loss = loss + _contexts(model, teacher, h, told, known, fit, rng)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if (epoch + 1) % fit.every:
-                continue
-            reached = _measure(model, x, adjacency, split.validation, split.validation_none, fit.k)["hits"]
-            if reached > best:
-                best, waited, state = reached, 0, copy.deepcopy(model.state_dict())
-            else:
-                waited += 1
-            if waited >= fit.patience:
-                break
-    model.load_state_dict(state)
+
+    def epoch(number: int) -> None:
+        rng = numpy_rng(seed, "links", number)
+        h = model.embed(x, adjacency)
+        negative = torch.from_numpy(_no_edges(known, positive.shape[1], rng))
+        pairs = torch.cat([positive, negative], 1)
+        truth = torch.cat([torch.ones(positive.shape[1]), torch.zeros(negative.shape[1])])
+        loss = fit.labels * F.binary_cross_entropy_with_logits(model.logits(h[pairs[0]], h[pairs[1]]), truth)
+        if teacher is not None:
+            assert told is not None
+            loss = loss + _contexts(model, teacher, h, told, known, fit, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def score() -> float:
+        return _measure(model, x, adjacency, split.validation, split.validation_none, fit.k)["hits"]
+
+    keep_best(model, key(seed, "links"), epoch, score, epochs=fit.epochs, patience=fit.patience, every=fit.every)
     return _measure(model, x, adjacency, split.test, split.test_none, fit.k)
 
 

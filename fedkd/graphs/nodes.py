@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedkd.errors import ConfigError
+from fedkd.graphs.early import keep_best
 from fedkd.graphs.graph import Graph, NodeSplit
 from fedkd.graphs.models import GraphNet, NodeMLP, mean_adjacency, sampled_adjacency, symmetric_adjacency
 from fedkd.losses import KD, CrossEntropy
@@ -92,7 +91,7 @@ def train_nodes(model: GraphNet | NodeMLP, graph: Graph, split: NodeSplit, fit: 
         return float((model(held).argmax(1) == labels[torch.from_numpy(split.validation)]).double().mean())
 
     held = graph.rows(split.validation)
-    _until_patient(model, fit, seed, epoch, score)
+    keep_best(model, key(seed, "graph dropout"), epoch, score, epochs=fit.epochs, patience=fit.patience, later=True)
     with torch.no_grad():
         out: Tensor = model(x, full) if isinstance(model, GraphNet) else model(x)
     return out
@@ -174,7 +173,7 @@ def distil_nodes(
     def score() -> float:
         return float((student(held).argmax(1) == labels[torch.from_numpy(split.validation)]).double().mean())
 
-    _until_patient(student, fit, seed, epoch, score)
+    keep_best(student, key(seed, "graph dropout"), epoch, score, epochs=fit.epochs, patience=fit.patience, later=True)
     with torch.no_grad():
         out: Tensor = student(graph.rows())
     return out
@@ -198,25 +197,3 @@ def _moved(student: NodeMLP, x: Tensor, logits: Tensor, terms: GraphTerms) -> Te
         (slope,) = torch.autograd.grad(kd(student(x + delta), logits), delta)
         delta = (delta.detach() + terms.radius / 4 * slope.sign()).clamp(-terms.radius, terms.radius)
     return x + delta
-
-
-def _until_patient(
-    model: nn.Module, fit: NodeFit, seed: int, epoch: Callable[[int], None], score: Callable[[], float]
-) -> None:
-    best, waited, state = -1.0, 0, copy.deepcopy(model.state_dict())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "graph dropout"))
-        for number in range(fit.epochs):
-            model.train()
-            epoch(number)
-            model.eval()
-            with torch.no_grad():
-                reached = score()
-            if reached >= best:
-                best, waited, state = reached, 0, copy.deepcopy(model.state_dict())
-            else:
-                waited += 1
-            if waited >= fit.patience:
-                break
-    model.load_state_dict(state)
-    model.eval()

@@ -17,6 +17,7 @@ from fedkd.data import Federation, prepare
 from fedkd.engines.stacked import Fallback
 from fedkd.experiment import Experiment, validate
 from fedkd.messages import Reply, Request
+from fedkd.papers import merged
 from fedkd.payloads import Payload
 from fedkd.rounds import Progress, Rounds
 from fedkd.runners.base import Inspection, LocalRunner, Runner, make_engine
@@ -56,15 +57,6 @@ class Played:
         seen = self.rounds.inspect(self.progress.state)
         assert seen is not None
         return seen
-
-
-def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the nested mapping ``more`` laid over it."""
-    out = dict(base)
-    for name, value in more.items():
-        old = out.get(name)
-        out[name] = merged(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
-    return out
 
 
 SMALL: dict[str, Any] = {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedkd.distill.datafree.base import Synthesizer
 from fedkd.errors import ConfigError
+from fedkd.named import check_parameters, class_named
 
 METHODS: Mapping[str, str] = {
     "dafl": "fedkd.distill.datafree.dafl:DAFL",
@@ -30,19 +29,7 @@ def method_class(name: str) -> type[Synthesizer]:
     Raises:
         ConfigError: no such method, or it is no :class:`Synthesizer`.
     """
-    path = METHODS.get(name, name)
-    if ":" not in path:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"no method without data is named {name!r}.{hint} Known: {', '.join(METHODS)}")
-    module, attribute = path.split(":", 1)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as cause:
-        raise ConfigError(f"method {name!r} cannot be imported: {cause}") from cause
-    if not (isinstance(found, type) and issubclass(found, Synthesizer) and dataclasses.is_dataclass(found)):
-        raise ConfigError(f"method {name!r} is no frozen dataclass derived from fedkd.distill.datafree.Synthesizer")
-    return found
+    return class_named(name, METHODS, Synthesizer, "method without data", "fedkd.distill.datafree")  # type: ignore[type-abstract]
 
 
 def build(section: Mapping[str, Any] | str) -> Synthesizer:
@@ -56,12 +43,7 @@ def build(section: Mapping[str, Any] | str) -> Synthesizer:
     if not isinstance(name, str):
         raise ConfigError("expected the name of a method without data, or a section with `name:` and its parameters")
     cls = method_class(name)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else f" It takes: {', '.join(known)}."
-            raise ConfigError(f"{name} has no parameter {key!r}.{hint}")
+    check_parameters(cls, name, given)
     try:
         return TypeAdapter(cls).validate_python(given)
     except ValidationError as cause:

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.distill.datafree.base import Form, Maker, Synthesizer, divergence
+from fedkd.distill.datafree.base import Form, Maker
 from fedkd.distill.datafree.generators import generator, renew
 from fedkd.distill.datafree.guides import Guide
-from fedkd.distill.datafree.makers import Best, labels
+from fedkd.distill.datafree.makers import Best, Inverter, agreed, labels
 from fedkd.distill.datafree.pool import Pool
 from fedkd.distill.datafree.views import shifted, zoomed
 from fedkd.distill.distiller import Fit
@@ -37,16 +37,13 @@ from fedkd.distill.distiller import Fit
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class CMI(Synthesizer):
+class CMI(Inverter):
     """See the module text."""
 
     name: ClassVar[str] = "cmi"
     paper: ClassVar[str] = "Fang et al., IJCAI 2021"
-    norms: ClassVar[bool] = True
     fit: ClassVar[Fit] = Fit(epochs=200, batch_size=256, lr=0.1, weight_decay=1e-4, schedule="cosine")
 
-    student_steps: int = 400
-    batch_size: int = 256
     steps: int = 200  # of generator and z, per batch
     noise: int = 256  # width of z
     width: int = 64  # of the generator
@@ -59,7 +56,6 @@ class CMI(Synthesizer):
     bank: int = 40_960
     others: int = 4_096  # drawn from the bank
     head: int = 128  # width of h
-    temperature: float = 20.0  # T of the student's loss
     shift: int = 4  # pixels
     zoom: float = 0.25  # least share of the area
     flip: bool = False
@@ -67,9 +63,6 @@ class CMI(Synthesizer):
     def start(self, guide: Guide, form: Form, pool: Pool) -> Maker:
         self.check(guide)
         return _Cmi(self, guide, form, pool)
-
-    def student_loss(self, said: Tensor, told: Tensor) -> Tensor:
-        return self.temperature**2 * divergence(told, said, self.temperature).mean()
 
 
 class _Cmi(Maker):
@@ -100,9 +93,7 @@ class _Cmi(Maker):
                 loss = how.statistics * watch.take() + how.one_hot * F.cross_entropy(told, y)
                 whole = watch.features()
                 if how.adversarial:
-                    said = student(view)
-                    agree = (said.argmax(1) == told.argmax(1)).to(told)
-                    loss = loss - how.adversarial * (agree * divergence(told, said)).mean()
+                    loss = loss - how.adversarial * agreed(told, student(view))
                 self.guide(zoomed(x, how.zoom, how.flip))
                 watch.take()  # the statistics of a zoomed view are not asked for
                 part = watch.features()

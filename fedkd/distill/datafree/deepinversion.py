@@ -23,42 +23,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.distill.datafree.base import Form, Maker, Synthesizer, divergence
+from fedkd.distill.datafree.base import Form, Maker
 from fedkd.distill.datafree.guides import Guide
-from fedkd.distill.datafree.makers import Best, labels
+from fedkd.distill.datafree.makers import Best, Inverter, labels
 from fedkd.distill.datafree.pool import Pool
 from fedkd.distill.datafree.views import rolled, roughness
 from fedkd.distill.distiller import Fit
+from fedkd.losses import BetaJensenShannon
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class DeepInversion(Synthesizer):
+class DeepInversion(Inverter):
     """See the module text."""
 
     name: ClassVar[str] = "deepinversion"
     paper: ClassVar[str] = "Yin et al., CVPR 2020"
-    norms: ClassVar[bool] = True
     fit: ClassVar[Fit] = Fit(epochs=200, batch_size=256, lr=0.1, weight_decay=1e-4, schedule="cosine")
 
-    student_steps: int = 400
-    batch_size: int = 256
     steps: int = 1000  # of Adam, per batch
     lr: float = 0.1  # of the pixels
     statistics: float = 10.0  # bn
     variation: float = 1e-5  # tv
     size: float = 0.0  # l2
     adversarial: float = 1.0  # adv
-    temperature: float = 20.0  # T of the student's loss
     shift: int = 3  # pixels by which views are rolled
     flip: bool = False
 
     def start(self, guide: Guide, form: Form, pool: Pool) -> Maker:
         self.check(guide)
         return _Inversion(self, guide, form, pool)
-
-    def student_loss(self, said: Tensor, told: Tensor) -> Tensor:
-        return self.temperature**2 * divergence(told, said, self.temperature).mean()
 
 
 class _Inversion(Maker):
@@ -92,8 +86,4 @@ class _Inversion(Maker):
 
 def between(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     """Return the mean Jensen-Shannon divergence of softmax(logits/T) [B, C] of two models."""
-    p, q = (one / temperature).softmax(1), (other / temperature).softmax(1)
-    middle = ((p + q) / 2).clamp(min=1e-12).log()
-    left = (p * (p.clamp(min=1e-12).log() - middle)).sum(1)
-    right = (q * (q.clamp(min=1e-12).log() - middle)).sum(1)
-    return ((left + right) / 2).mean()
+    return BetaJensenShannon(temperature=temperature)(one, other)

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.distill.datafree.base import Form, Maker, Synthesizer, divergence
+from fedkd.distill.datafree.base import Form, Maker
 from fedkd.distill.datafree.generators import generator
 from fedkd.distill.datafree.guides import Guide
-from fedkd.distill.datafree.makers import Best, labels
+from fedkd.distill.datafree.makers import Best, Inverter, agreed, labels
 from fedkd.distill.datafree.pool import Pool
 from fedkd.distill.datafree.views import shifted
 from fedkd.distill.distiller import Fit
@@ -37,16 +37,13 @@ from fedkd.distill.distiller import Fit
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FastDatafree(Synthesizer):
+class FastDatafree(Inverter):
     """See the module text."""
 
     name: ClassVar[str] = "fast"
     paper: ClassVar[str] = "Fang et al., AAAI 2022"
-    norms: ClassVar[bool] = True
     fit: ClassVar[Fit] = Fit(epochs=220, batch_size=256, lr=0.2, weight_decay=1e-4, schedule="cosine")
 
-    student_steps: int = 400
-    batch_size: int = 256
     steps: int = 5  # k
     noise: int = 256  # width of z
     width: int = 64  # of the generator
@@ -56,16 +53,12 @@ class FastDatafree(Synthesizer):
     one_hot: float = 0.5  # oh
     adversarial: float = 1.33  # adv
     warmup: float = 20 / 220  # share of the training without the adversarial term and without the student
-    temperature: float = 20.0  # T of the student's loss
     shift: int = 4  # pixels
     flip: bool = False
 
     def start(self, guide: Guide, form: Form, pool: Pool) -> Maker:
         self.check(guide)
         return _Fast(self, guide, form, pool)
-
-    def student_loss(self, said: Tensor, told: Tensor) -> Tensor:
-        return self.temperature**2 * divergence(told, said, self.temperature).mean()
 
 
 class _Fast(Maker):
@@ -97,9 +90,7 @@ class _Fast(Maker):
                 told = self.guide(view)
                 loss = how.statistics * watch.take() + how.one_hot * F.cross_entropy(told, y)
                 if how.adversarial and self.ready:
-                    said = student(view)
-                    agree = (said.argmax(1) == told.argmax(1)).to(told)
-                    loss = loss - how.adversarial * (agree * divergence(told, said)).mean()
+                    loss = loss - how.adversarial * agreed(told, student(view))
                 best.see(loss, x)
                 optimizer.zero_grad()
                 loss.backward()

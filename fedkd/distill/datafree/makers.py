@@ -1,11 +1,14 @@
-"""What makers share: a generator with its optimiser, and the best batch of an inversion."""
+"""What methods share: a generator with its optimiser, and what inversions of batch statistics have in common."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedkd.distill.datafree.base import Form, Maker, Synthesizer
+from fedkd.distill.datafree.base import Form, Maker, Synthesizer, divergence
 from fedkd.distill.datafree.generators import generator
 from fedkd.distill.datafree.guides import Guide
 from fedkd.distill.datafree.pool import Pool
@@ -56,6 +59,20 @@ class GeneratorMaker(Maker):
         optimizer.step()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inverter(Synthesizer):
+    """A method that makes whole batches by batch-normalisation statistics, and teaches by KL at a temperature."""
+
+    norms: ClassVar[bool] = True
+
+    student_steps: int = 400
+    batch_size: int = 256
+    temperature: float = 20.0  # T of the student's loss
+
+    def student_loss(self, said: Tensor, told: Tensor) -> Tensor:
+        return self.temperature**2 * divergence(told, said, self.temperature).mean()
+
+
 class Best:
     """Remembers the inputs of the least loss."""
 
@@ -73,3 +90,12 @@ class Best:
 def labels(count: int, classes: int) -> Tensor:
     """Return ``count`` random classes [B]."""
     return torch.randint(classes, (count,))
+
+
+def agreed(told: Tensor, said: Tensor) -> Tensor:
+    """Return KL(t || s) of logits [B, C], counted where both choose one class, averaged over all of B.
+
+    What CMI and Fast-Datafree raise: inputs on which the student is unsure of what it already gets right.
+    """
+    agree = (said.argmax(1) == told.argmax(1)).to(told)
+    return (agree * divergence(told, said)).mean()
