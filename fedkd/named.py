@@ -1,52 +1,79 @@
-"""Methods by name: frozen dataclasses in a registry of import paths, and the user's own."""
+"""Things by name: what ``package.module:name`` stands for, and frozen dataclasses from a registry or from the user."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from fedkd.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def class_named(name: str, known: Mapping[str, str], base: type[T], what: str, home: str) -> type[T]:
+def imported(path: str, what: str) -> Any:
+    """Return what ``package.module:name`` stands for.
+
+    Args:
+        what: what is imported, for errors.
+    Raises:
+        ConfigError: it has another form, or cannot be imported.
+    """
+    module, _, attribute = path.partition(":")
+    if not module or not attribute.isidentifier():
+        raise ConfigError(f"{what} {path!r} cannot be imported: expected package.module:name")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as cause:  # a user's module may raise anything
+        reason = " ".join(str(cause).split())
+        raise ConfigError(f"{what} {path!r} cannot be imported: {reason or type(cause).__name__}") from cause
+
+
+def class_named(name: str, known: Mapping[str, str | type], base: type[T], what: str, home: str) -> type[T]:
     """Return the class of a registered name, or of ``package.module:Class``.
 
     Args:
-        known: import paths by name.
+        known: classes, or their import paths, by name.
         base: what the class must derive from.
         what, home: what is named, and where ``base`` is imported from, for errors.
     Raises:
         ConfigError: no such name, or the class is no frozen dataclass derived from ``base``.
     """
-    path = known.get(name, name)
-    if ":" not in path:
+    found: Any = known.get(name, name)
+    if isinstance(found, str) and ":" not in found:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"no {what} is named {name!r}.{hint} Known: {', '.join(known)}; or package.module:Class.")
-    module, attribute = path.split(":", 1)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as cause:
-        raise ConfigError(f"method {name!r} cannot be imported: {cause}") from cause
+    if isinstance(found, str):
+        found = imported(found, what)
     if not (dataclasses.is_dataclass(found) and isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"method {name!r} is no frozen dataclass derived from {home}.{base.__name__}")
+        raise ConfigError(f"{what} {name!r} is no frozen dataclass derived from {home}.{base.__name__}")
     return found
 
 
-def check_parameters(cls: type, name: str, given: Iterable[str]) -> None:
-    """Refuse parameters that the dataclass ``cls`` does not have.
+def made(cls: type[T], name: str, given: Mapping[str, Any]) -> T:
+    """Return the dataclass ``cls`` with the parameters ``given``, each checked and converted.
 
     Raises:
-        ConfigError: with the nearest one that it has.
+        ConfigError: it has no such parameter (the nearest one is named), or a value does not fit.
     """
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else f" It takes: {', '.join(known) or 'none'}."
             raise ConfigError(f"{name} has no parameter {key!r}.{hint}")
+    try:
+        return TypeAdapter(cls).validate_python(dict(given))
+    except ValidationError as cause:
+        raise ConfigError(f"{name}: {'; '.join(map(_fault, cause.errors()))}") from cause
+
+
+def _fault(error: Any) -> str:
+    said = error["msg"].removeprefix("Value error, ")
+    where = ".".join(map(str, error["loc"]))
+    return f"{where}: {said}, got {error['input']!r}" if where else said

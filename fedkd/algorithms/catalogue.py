@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from fedkd.errors import ConfigError
-from fedkd.named import check_parameters, class_named
+from fedkd.named import class_named, made
 
 if TYPE_CHECKING:
     from fedkd.algorithms.base import Algorithm
@@ -73,18 +73,7 @@ def resolve(value: Any) -> dict[str, Any]:
 def build(section: Mapping[str, Any]) -> Algorithm:
     """Build the method from its section ``{"name": ..., parameters}``."""
     name = section["name"]
-    cls = method_class(name)
-    given = {k: v for k, v in section.items() if k != "name"}
-    check_parameters(cls, name, given)
-    try:
-        return _adapter(cls).validate_python(given)
-    except ValidationError as cause:
-        faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in cause.errors())
-        raise ConfigError(f"{name}.{'; '.join(faults)}") from cause
-
-
-def _adapter(cls: type[Algorithm]) -> TypeAdapter[Algorithm]:
-    return TypeAdapter(cls)
+    return made(method_class(name), name, {k: v for k, v in section.items() if k != "name"})
 
 
 def schemas() -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -93,7 +82,7 @@ def schemas() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     definitions: dict[str, Any] = {}
     for name in METHODS:
         cls = method_class(name)
-        one = _adapter(cls).json_schema()
+        one = TypeAdapter(cls).json_schema()
         definitions.update(one.pop("$defs", {}))
         one["properties"] = {"name": {"const": name}, **one.get("properties", {})}
         one["required"] = ["name"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from fedkd.distill.distiller import Epoch
+    from fedkd.distill.loop import Epoch
 
 
 def register(app: typer.Typer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from fedkd.data.seeds import stream
 from fedkd.data.sources import load
 from fedkd.errors import ConfigError
 from fedkd.labeller import OnnxPredictor
+from fedkd.named import imported
 
 
 class PartConfig(BaseModel):
@@ -64,9 +64,8 @@ class ModelConfig(BaseModel):
         if self.path is not None:
             return OnnxPredictor(folder / self.path, self.gives, self.output)
         assert self.factory is not None
-        module, _, name = self.factory.partition(":")
+        found = imported(self.factory, "model.factory")
         try:
-            found = getattr(importlib.import_module(module), name)
             made = found if hasattr(found, "predict_proba") and not inspect.isclass(found) else found()
         except Exception as cause:
             reason = " ".join(str(cause).split())

@@ -1,6 +1,7 @@
 """Central distillation: a student learns from a teacher by terms."""
 
-from fedkd.distill.distiller import Distiller, Epoch, Fit, Records, accuracy
+from fedkd.distill.distiller import Distiller, accuracy
+from fedkd.distill.loop import Epoch, Fit, Records
 from fedkd.distill.taps import Taps
 from fedkd.distill.teachers import (
     EnsembleTeacher,

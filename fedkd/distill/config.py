@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedkd.data import DataConfig
 from fedkd.data.config import Source
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 from fedkd.distill.terms import SigmoidRamp, Term, Warmup, constant
 from fedkd.errors import ConfigError
 from fedkd.experiment import Section, build, read_points
-from fedkd.losses import LOSSES
+from fedkd.losses import LOSSES, Loss
+from fedkd.named import class_named, made
 
 
 class FitConfig(Section):
@@ -45,7 +45,7 @@ class TermConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    loss: str = Field(description=f"One of {', '.join(LOSSES)}.")
+    loss: str = Field(description=f"One of {', '.join(LOSSES)}, or package.module:Class, a fedkd.losses.Loss.")
     weight: float | None = Field(None, description="Factor; null is the published one.")
     student: str | tuple[str, ...] | None = Field(None, description="Layer(s) of the student, such as body.3.")
     teacher: str | tuple[str, ...] | None = Field(None, description="Layer(s) of the teacher; null: the student's.")
@@ -55,10 +55,6 @@ class TermConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> TermConfig:
-        if self.loss not in LOSSES:
-            near = difflib.get_close_matches(self.loss, LOSSES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"no loss is named {self.loss!r}.{hint} Known: {', '.join(LOSSES)}")
         if self.warmup is not None and self.ramp is not None:
             raise ConfigError(f"term {self.loss}: give warmup or ramp, not both")
         self.term  # noqa: B018  refuses unknown parameters before any data are read
@@ -67,19 +63,8 @@ class TermConfig(BaseModel):
     @property
     def term(self) -> Term:
         """The term."""
-        kind, options = LOSSES[self.loss], dict(self.model_extra or {})
-        known = [f.name for f in dataclasses.fields(kind)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else f" It has {', '.join(known) or 'none'}."
-                raise ConfigError(f"loss {self.loss!r} has no parameter {name!r}.{hint}")
-        try:
-            loss = TypeAdapter(kind).validate_python(options)
-        except ValidationError as cause:
-            raise ConfigError(
-                f"loss {self.loss!r}: {cause.errors()[0]['msg'].removeprefix('Value error, ')}"
-            ) from cause
+        kind: type[Loss] = class_named(self.loss, LOSSES, Loss, "loss", "fedkd.losses")  # type: ignore[type-abstract]
+        loss = made(kind, f"loss {self.loss!r}", self.model_extra or {})
         schedule = Warmup(self.warmup) if self.warmup else SigmoidRamp(self.ramp) if self.ramp else constant
         return Term(loss, self.weight, self.student, self.teacher, self.adapt, schedule)
 
@@ -212,7 +197,7 @@ class DistillExperiment(Section):
             raise ConfigError("data=none leaves nothing to learn on: give method=dfad, or inputs=FOLDER")
         if self.data is None and any(t.path is None and t.url is None for t in self.teacher):
             raise ConfigError("without data no teacher can be trained: give teacher=FILE or teacher=grpcs://host:port")
-        if not self.labelled and any(LOSSES[t.loss].reads == "labels" for t in self.terms):
+        if not self.labelled and any(t.term.loss.reads == "labels" for t in self.terms):
             raise ConfigError(
                 "the student's inputs have no labels, so that no term can read them: leave `ce` out of terms"
             )

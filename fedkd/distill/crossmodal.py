@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedkd.distill.cache import data_identity
-from fedkd.distill.distiller import Records
+from fedkd.distill.loop import Records
 from fedkd.errors import ConfigError
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedkd.data.scenes import Scenes
-from fedkd.distill.exemplars import still
+from fedkd.distill.loop import still
 from fedkd.errors import ConfigError
 from fedkd.models.dense import STRIDE
+from fedkd.named import imported
 
 FEED = 64
 
@@ -18,7 +21,7 @@ FEED = 64
 @torch.no_grad()
 def mean_iou(model: nn.Module, scenes: Scenes, classes: int) -> float:
     """Return the mean over classes, background among them, of intersection over union on all pixels together."""
-    metric = _metric("classification", "MulticlassJaccardIndex")(num_classes=classes, average="macro")
+    metric = _metric("classification:MulticlassJaccardIndex", num_classes=classes, average="macro")
     with still(model):
         for start in range(0, len(scenes), FEED):
             metric.update(model(scenes.x[start : start + FEED]).argmax(1), scenes.masks[start : start + FEED])
@@ -28,7 +31,7 @@ def mean_iou(model: nn.Module, scenes: Scenes, classes: int) -> float:
 @torch.no_grad()
 def mean_ap(model: nn.Module, scenes: Scenes, classes: int) -> dict[str, float]:
     """Return COCO's ``map`` (IoU 0.50 to 0.95) and ``map_50`` of a detector's boxes."""
-    metric = _metric("detection", "MeanAveragePrecision")(box_format="xyxy")
+    metric = _metric("detection:MeanAveragePrecision", box_format="xyxy")
     with still(model):
         for start in range(0, len(scenes), FEED):
             found = boxes_of(model(scenes.x[start : start + FEED]), classes)
@@ -81,13 +84,32 @@ def iou(left: Tensor, right: Tensor) -> Tensor:
     return inner / (area[0][:, None] + area[1][None] - inner).clamp(min=1e-9)
 
 
-def _metric(family: str, name: str) -> Any:
-    import importlib
-
+def _metric(name: str, **options: Any) -> Any:
+    _declare_operators()
     try:
-        return getattr(importlib.import_module(f"torchmetrics.{family}"), name)
-    except (ImportError, AttributeError, RuntimeError) as cause:
-        raise ConfigError(
-            f"{name} cannot be had from torchmetrics: pip install 'fedkd[dense]', with a torchvision that fits this torch "
-            f"({' '.join(str(cause).split())[:120]})"
-        ) from cause
+        return imported(f"torchmetrics.{name}", "metric")(**options)
+    except (ConfigError, ImportError) as cause:
+        raise ConfigError(f"{cause}; pip install 'fedkd[dense]', with a torchvision that fits this torch") from cause
+
+
+_declared: torch.library.Library | None = None
+
+
+def _declare_operators() -> None:
+    """Let torchvision be imported beside a torch for the CPU.
+
+    PyPI's torchvision is built for CUDA. Beside a torch without it, its compiled operators stay unloaded, and the import
+    ends where it describes two of them, which then do not exist. torchmetrics only calls functions that are written in
+    Python, so that it is enough that the operators have names.
+    """
+    global _declared
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for part in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[part]
+        _declared = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            _declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except ImportError:
+        return  # torchmetrics says what is missing

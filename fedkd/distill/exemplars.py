@@ -8,8 +8,7 @@ Letters: N records, M exemplars, C classes, D features.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.distill.distiller import FEED, Epoch, Fit, Records
+from fedkd.distill.loop import FEED, Batch, Epoch, Fit, Loop, Records, still
 from fedkd.distill.taps import Taps
 from fedkd.distill.terms import Term
 from fedkd.errors import ConfigError
 from fedkd.losses import KD, CrossEntropy
 from fedkd.losses.base import unit
 from fedkd.losses.exemplar import exemplar_graph, exemplar_relation
-from fedkd.seeding import key, numpy_rng
+from fedkd.seeding import key
 
 SMALLEST_GROUP = 10
 """Fewest records whose mean a synthetic exemplar may stand for."""
@@ -199,18 +198,6 @@ def _made(
     return x.detach()
 
 
-@contextlib.contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own mode back."""
-    before = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, training in before.items():
-            m.training = training
-
-
 def extend(
     model: nn.Module,
     old: nn.Module,
@@ -248,70 +235,26 @@ def extend(
     if memory is not None:
         fresh = max(1, len(set(new.y.tolist())))
         extra = min(len(memory.x), max(1, round(how.batch_size * len(olds) / (fresh + len(olds)))))
-    optimizer = how.build(list(model.parameters()))
     graph: NDArray[np.int64] | None = None
     if relation and memory is not None:
-        kept = Records.of(memory.x, memory.y)
-        told = features_of(old, layer, kept)
+        told = features_of(old, layer, Records.of(memory.x, memory.y))
         graph = exemplar_graph(told, neighbours)
-    log = []
+    labels = new.y
+
+    def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        x, y = new.x(batch.index), labels[torch.from_numpy(batch.index)]
+        if memory is not None:
+            some = torch.from_numpy(batch.rng.permutation(len(memory.x))[:extra])
+            x, y = torch.cat([x, memory.x[some]]), torch.cat([y, memory.y[some]])
+        with torch.no_grad():
+            before = old(x)
+        logits = model(x)
+        kept = term.loss(logits[:, olds], before[:, olds]), term.factor(batch.epoch)
+        found = {"CrossEntropy": (CrossEntropy()(logits, logits, y), 1.0), type(term.loss).__name__: kept}
+        if graph is not None and memory is not None:
+            model(memory.x)
+            found["relation"] = exemplar_relation(taps[layer].flatten(1), told, graph), relation
+        return found
+
     with still(old), Taps(model, [layer]) as taps:
-        for epoch in range(how.epochs):
-            log.append(
-                _extend_once(epoch, model, old, new, memory, olds, term, extra, optimizer, how, seed, graph,
-                             told if graph is not None else None, relation, taps, layer)
-            )  # fmt: skip
-    return log
-
-
-def _extend_once(
-    epoch: int,
-    model: nn.Module,
-    old: nn.Module,
-    new: Records,
-    memory: Memory | None,
-    olds: Tensor,
-    term: Term,
-    extra: int,
-    optimizer: torch.optim.Optimizer,
-    how: Fit,
-    seed: int,
-    graph: NDArray[np.int64] | None,
-    told: Tensor | None,
-    relation: float,
-    taps: Taps,
-    layer: str,
-) -> Epoch:
-    assert new.y is not None
-    rng = numpy_rng(seed, "extend", epoch)
-    order = rng.permutation(new.size)
-    for group in optimizer.param_groups:
-        group["lr"] = how.rate(epoch)
-    sums, count = np.zeros(3), 0
-    model.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "extend", epoch))
-        for index in np.array_split(order, max(1, new.size // how.batch_size)):
-            x, y = new.x(index), new.y[torch.from_numpy(index)]
-            if memory is not None:
-                some = torch.from_numpy(rng.permutation(len(memory.x))[:extra])
-                x, y = torch.cat([x, memory.x[some]]), torch.cat([y, memory.y[some]])
-            with torch.no_grad():
-                before = old(x)
-            logits = model(x)
-            ce = CrossEntropy()(logits, logits, y)
-            kd = term.loss(logits[:, olds], before[:, olds])
-            loss = ce + term.factor(epoch) * kd
-            kept = logits.new_zeros([])
-            if graph is not None and memory is not None and told is not None:
-                model(memory.x)
-                kept = exemplar_relation(taps[layer].flatten(1), told, graph)
-                loss = loss + relation * kept
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            sums += np.array([float(v.detach()) for v in (ce, kd, kept)]) * len(index)
-            count += len(index)
-    means = dict(zip(("CrossEntropy", type(term.loss).__name__, "relation"), (sums / count).tolist(), strict=True))
-    total = means["CrossEntropy"] + term.factor(epoch) * sums[1] / count + relation * means["relation"]
-    return Epoch(epoch, how.rate(epoch), float(total), means)
+        return Loop({"student": model}, new.size, step, fit=how, seed=seed).run()

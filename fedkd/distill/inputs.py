@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedkd.data.files import read_inputs
 from fedkd.distill.cache import data_identity
-from fedkd.distill.distiller import Records
+from fedkd.distill.loop import Records
 from fedkd.errors import ConfigError, DataError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")

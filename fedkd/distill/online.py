@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.distill.distiller import Epoch, Fit, Records
+from fedkd.distill.loop import Batch, Epoch, Fit, Loop, Records
 from fedkd.distill.taps import unknown_path
 from fedkd.distill.terms import SigmoidRamp
 from fedkd.errors import ConfigError
 from fedkd.losses import KD, CrossEntropy
-from fedkd.seeding import key, numpy_rng
+from fedkd.seeding import key
 
 
 # ---- one net with several ends --------------------------------------------------------------------------------------
@@ -216,6 +217,7 @@ def one(
     ramp: int = 80,
     fit: Fit | None = None,
     seed: int = 1,
+    checkpoint: Path | None = None,
     watch: Callable[[Epoch], None] | None = None,
 ) -> Taught:
     """Train branches of one net by their gated ensemble; the first branch is deployed.
@@ -223,24 +225,26 @@ def one(
     X. Lan, X. Zhu, S. Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018,
     https://arxiv.org/abs/1806.04606, eq. (3)-(8): sum_i CE(z_i) + CE(z_e) + r(t) T^2 sum_i KL(z_e || z_i), where the
     gradient of the last part reaches the branches alone. ``ramp``: epochs of r(t) = exp(-5 (1 - t / ramp)^2), 80 of 300
-    published. ``watch``: called after every epoch.
+    published. ``checkpoint``, ``watch``: see :meth:`fedkd.distill.loop.Loop.run`.
     """
-    _labelled(data)
-    how = fit or Fit()
+    y = _labels(data)
     net = Branches(model, stage, branches, data.x(np.arange(2)), seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "gate"))
         gate = Gate(pooled(net.shared).shape[1], branches)
     kd, ce, rise = KD(temperature=temperature), CrossEntropy(), SigmoidRamp(ramp)
 
-    def losses(x: Tensor, y: Tensor, epoch: int) -> dict[str, Tensor]:
-        logits = net(x)
+    def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        logits, labels = net(data.x(batch.index)), y[torch.from_numpy(batch.index)]
         together = (gate(net.shared).T.unsqueeze(-1) * logits).sum(0)
-        own = torch.stack([ce(z, z, y) for z in logits]).sum()
+        own = torch.stack([ce(z, z, labels) for z in logits]).sum()
         teach = torch.stack([kd(z, together.detach()) for z in logits]).sum()
-        return {"branches": own, "ensemble": ce(together, together, y), "distillation": rise(epoch) * teach}
+        mixed = ce(together, together, labels)
+        return {"branches": (own, 1.0), "ensemble": (mixed, 1.0), "distillation": (teach, rise(batch.epoch))}
 
-    log = _train(nn.ModuleList([net, gate]), data, how, seed, losses, watch)
+    loop = Loop({"net": net, "gate": gate}, data.size, step, fit=fit or Fit(), seed=seed)
+    log = loop.run(checkpoint=checkpoint, watch=watch)
+    gate.eval()
     net.eval()
 
     def ensemble(x: Tensor) -> Tensor:
@@ -263,6 +267,7 @@ def mutual(
     others: Sequence[nn.Module] = (),
     fit: Fit | None = None,
     seed: int = 1,
+    checkpoint: Path | None = None,
     watch: Callable[[Epoch], None] | None = None,
 ) -> Taught:
     """Train peers by labels and by each other's answers; the first is deployed.
@@ -275,9 +280,9 @@ def mutual(
         model: the first peer; the others start from fresh weights.
         stage: where peers part, sharing what lies before (see :class:`Branches`); None for peers that share nothing.
         others: peers of other architectures, in place of copies; not together with ``stage``.
+        checkpoint, watch: see :meth:`fedkd.distill.loop.Loop.run`.
     """
-    _labelled(data)
-    how = fit or Fit()
+    y = _labels(data)
     if others and stage is not None:
         raise ConfigError("peers of other architectures share no trunk: give `others` or `stage`, not both")
     net: nn.Module
@@ -295,13 +300,14 @@ def mutual(
     def answers(x: Tensor) -> list[Tensor]:
         return list(net(x)) if isinstance(net, Branches) else [peer(x) for peer in net]
 
-    def losses(x: Tensor, y: Tensor, epoch: int) -> dict[str, Tensor]:
-        logits = answers(x)
-        own = torch.stack([ce(z, z, y) for z in logits]).sum()
+    def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        logits, labels = answers(data.x(batch.index)), y[torch.from_numpy(batch.index)]
+        own = torch.stack([ce(z, z, labels) for z in logits]).sum()
         pairs = [kd(a, b.detach()) for i, a in enumerate(logits) for j, b in enumerate(logits) if i != j]
-        return {"labels": own, "peers": torch.stack(pairs).sum() / (len(logits) - 1)}
+        return {"labels": (own, 1.0), "peers": (torch.stack(pairs).sum() / (len(logits) - 1), 1.0)}
 
-    log = _train(net, data, how, seed, losses, watch)
+    loop = Loop({"net": net}, data.size, step, fit=fit or Fit(), seed=seed)
+    log = loop.run(checkpoint=checkpoint, watch=watch)
     net.eval()
 
     def ensemble(x: Tensor) -> Tensor:
@@ -312,44 +318,7 @@ def mutual(
     return Taught(members[0], members, ensemble, log)
 
 
-def _train(
-    net: nn.Module,
-    data: Records,
-    how: Fit,
-    seed: int,
-    losses: Callable[[Tensor, Tensor, int], dict[str, Tensor]],
-    watch: Callable[[Epoch], None] | None,
-) -> list[Epoch]:
-    assert data.y is not None
-    optimizer = how.build([p for p in net.parameters() if p.requires_grad])
-    log: list[Epoch] = []
-    for epoch in range(how.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = how.rate(epoch)
-        order = numpy_rng(seed, "distill", epoch).permutation(data.size)
-        sums: dict[str, float] = {}
-        count = 0
-        net.train()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key(seed, "distill", epoch))
-            for start in range(0, data.size, how.batch_size):
-                index = order[start : start + how.batch_size]
-                if len(index) < 2:
-                    continue
-                parts = losses(data.x(index), data.y[torch.from_numpy(index)], epoch)
-                optimizer.zero_grad(set_to_none=True)
-                torch.stack(list(parts.values())).sum().backward()
-                optimizer.step()
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach()) * len(index)
-                count += len(index)
-        means = {name: value / max(count, 1) for name, value in sums.items()}
-        log.append(Epoch(epoch, how.rate(epoch), sum(means.values()), means))
-        if watch is not None:
-            watch(log[-1])
-    return log
-
-
-def _labelled(data: Records) -> None:
+def _labels(data: Records) -> Tensor:
     if data.y is None or data.size < 2:
         raise ConfigError("students without a teacher need labelled records, at least 2")
+    return data.y

@@ -18,8 +18,9 @@ from fedkd.data.dataset import Dataset
 from fedkd.distill.assistants import between
 from fedkd.distill.cache import data_identity
 from fedkd.distill.config import DistillExperiment, FitConfig, OnlineConfig, TeacherConfig
-from fedkd.distill.distiller import FEED, Distiller, Epoch, Records, accuracy
+from fedkd.distill.distiller import Distiller, accuracy
 from fedkd.distill.inputs import unlabelled
+from fedkd.distill.loop import FEED, Epoch, Records, still
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, OnnxTeacher, Teacher, load_teacher, read_note
 from fedkd.distill.terms import Term
 from fedkd.errors import ConfigError
@@ -167,23 +168,23 @@ class _Work:
         return Distilled(self.folder, summary)
 
     def _mutual(self, online: OnlineConfig) -> Distilled:
-        """Teach without a teacher. A run that was interrupted begins its student anew: the result is the same."""
+        """Teach without a teacher."""
         from fedkd.distill.online import mutual, one
 
         began = time.perf_counter(), time.process_time()
         experiment, how = self.experiment, self.experiment.training
         assert self.train is not None
-        watch = self._watcher("student", how)
+        watch, place = self._watcher("student", how), self._place("student")
         if online.kind == "one":
             assert online.stage is not None
             taught = one(
                 self.student, online.stage, self.train, branches=online.members, ramp=online.ramp,
-                temperature=online.temperature or 3.0, fit=how.fit, seed=experiment.seed, watch=watch,
+                temperature=online.temperature or 3.0, fit=how.fit, seed=experiment.seed, checkpoint=place, watch=watch,
             )  # fmt: skip
         else:
             taught = mutual(
                 self.student, self.train, stage=online.stage, peers=online.members,
-                temperature=online.temperature or 1.0, fit=how.fit, seed=experiment.seed, watch=watch,
+                temperature=online.temperature or 1.0, fit=how.fit, seed=experiment.seed, checkpoint=place, watch=watch,
             )  # fmt: skip
         self.student = taught.deployed
         summary: dict[str, Any] = {
@@ -421,13 +422,11 @@ def _bounds_told(teachers: Sequence[TeacherConfig], shape: tuple[int, ...]) -> t
 def agreement(student: nn.Module, teacher: Teacher, data: Records, most: int = 2000) -> float:
     """Return the share of (at most ``most``) inputs on which student and teacher choose one class."""
     index = np.linspace(0, data.size - 1, min(most, data.size)).astype(np.int64)
-    before = student.training
-    student.eval()
     same = 0
-    for start in range(0, len(index), 500):
-        x = data.x(index[start : start + 500])
-        same += int((student(x).argmax(1) == teacher.logits(x).argmax(1)).sum())
-    student.train(before)
+    with still(student):
+        for start in range(0, len(index), FEED):
+            x = data.x(index[start : start + FEED])
+            same += int((student(x).argmax(1) == teacher.logits(x).argmax(1)).sum())
     return same / len(index)
 
 

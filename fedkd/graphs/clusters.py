@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedkd.distill.loop import Batch, Fit, Loop
 from fedkd.graphs.graph import Graph
 from fedkd.graphs.models import GraphNet, NodeMLP, symmetric_adjacency
 from fedkd.losses.graph import soft_assignment, target_distribution
-from fedkd.seeding import key, numpy_rng
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +48,17 @@ def embed(model: GraphNet, graph: Graph, fit: ClusterFit, seed: int) -> Tensor:
     are drawn in every epoch as there are edges, in place of all N^2 pairs with weights.
     """
     x, adjacency = graph.rows(), symmetric_adjacency(len(graph), graph.arcs)
-    optimizer = torch.optim.Adam(model.parameters(), fit.lr)
     links = torch.from_numpy(graph.edges)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "autoencoder"))
-        for epoch in range(fit.epochs):
-            model.train()
-            z = model(x, adjacency)
-            none = torch.from_numpy(numpy_rng(seed, "pairs", epoch).integers(len(graph), size=graph.edges.shape))
-            loss = -F.logsigmoid((z[links[0]] * z[links[1]]).sum(1)).mean()
-            loss = loss - F.logsigmoid(-(z[none[0]] * z[none[1]]).sum(1)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+
+    def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        z = model(x, adjacency)
+        none = torch.from_numpy(batch.rng.integers(len(graph), size=graph.edges.shape))
+        there = -F.logsigmoid((z[links[0]] * z[links[1]]).sum(1)).mean()
+        return {"links": (there, 1.0), "no links": (-F.logsigmoid(-(z[none[0]] * z[none[1]]).sum(1)).mean(), 1.0)}
+
+    # A graph net reads all nodes at once: one batch is the whole graph.
+    how = Fit(epochs=fit.epochs, batch_size=len(graph), optimizer="adam", lr=fit.lr, weight_decay=0.0)
+    Loop({"autoencoder": model}, len(graph), step, fit=how, seed=seed).run()
     model.eval()
     with torch.no_grad():
         out: Tensor = model(x, adjacency)
@@ -86,22 +84,18 @@ def distil_clusters(
     centres = centres_of(embedding, clusters, seed)
     target = target_distribution(soft_assignment(embedding, centres))
     student = ClusterNet(encoder, centres)
-    optimizer = torch.optim.Adam(student.parameters(), fit.lr, weight_decay=fit.weight_decay)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "clusters"))
-        for epoch in range(fit.epochs):
-            student.train()
-            order = numpy_rng(seed, "clusters", epoch).permutation(len(graph))
-            for index in np.array_split(order, max(1, len(order) // fit.batch)):
-                at = torch.from_numpy(index)
-                z = student.encoder(graph.rows(index))
-                q = soft_assignment(z, student.centres)
-                p = target[at]
-                loss = fit.target * (p * (p.log() - q.log())).sum(1).mean()
-                loss = loss + fit.embedding * (z - embedding[at]).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+
+    def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        at = torch.from_numpy(batch.index)
+        z = student.encoder(graph.rows(batch.index))
+        q, p = soft_assignment(z, student.centres), target[at]
+        return {
+            "target": ((p * (p.log() - q.log())).sum(1).mean(), fit.target),
+            "embedding": ((z - embedding[at]).square().mean(), fit.embedding),
+        }
+
+    how = Fit(epochs=fit.epochs, batch_size=fit.batch, optimizer="adam", lr=fit.lr, weight_decay=fit.weight_decay)
+    Loop({"student": student}, len(graph), step, fit=how, seed=seed).run()
     return student.eval()
 
 

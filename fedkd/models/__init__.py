@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from fedkd.errors import ConfigError
 from fedkd.layers import BatchNorm1d, BatchNorm2d, prepare, situation
 from fedkd.models.registry import DENSE, REGISTRY
+from fedkd.named import imported
 
 _SPEC = re.compile(r"^(?P<name>[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?)(\((?P<options>.*)\))?$")
 
@@ -203,11 +203,7 @@ def resolve(name: str) -> Callable[[tuple[int, ...], int], Any]:
             raise ConfigError(f"no model is named {base!r}.{hint} Known: {', '.join(sorted(REGISTRY))}.")
         factory: Any = REGISTRY[base] if base in REGISTRY else DENSE[base]
     else:
-        module_name, attribute = base.split(":")
-        try:
-            factory = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as cause:
-            raise ConfigError(f"model {base!r} cannot be imported: {cause}") from cause
+        factory = imported(base, "model")
         if inspect.isclass(factory) and hasattr(factory, "predict_proba"):
             return lambda shape, classes: factory(**options)
         if hasattr(factory, "predict_proba"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fedkd.distill.teachers import (
     read_note,
 )
 from fedkd.errors import ConfigError
+from fedkd.named import imported
 
 
 def open_teacher(
@@ -58,11 +58,7 @@ def _open(name: str, model: str | None, shape: tuple[int, ...] | None, classes: 
 
 
 def _imported(name: str, shape: tuple[int, ...] | None, classes: int | None) -> Teacher:
-    module, _, attribute = name.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as cause:
-        raise ConfigError(f"teacher {name!r} cannot be imported: {cause}") from cause
+    made = imported(name, "teacher")()
     if not hasattr(made, "predict_proba"):
         raise ConfigError(f"teacher {name!r} gave a {type(made).__name__}: expected a fitted object with predict_proba")
     held = np.asarray(getattr(made, "classes_", np.zeros(0)))

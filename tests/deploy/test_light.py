@@ -312,7 +312,7 @@ def test_models_that_do_not_fit_are_named(tmp_path: Path, model: LogisticRegress
         (tmp_path / "data.yaml").write_text(yaml.safe_dump(said))
         with pytest.raises(ConfigError, match=words):
             read_local_data(tmp_path / "data.yaml")
-    for factory, words in (("no.such:thing", "cannot be used"), ("pathlib:Path", "without predict_proba")):
+    for factory, words in (("no.such:thing", "cannot be imported"), ("pathlib:Path", "without predict_proba")):
         (tmp_path / "data.yaml").write_text(yaml.safe_dump({"model": {"factory": factory}}))
         with pytest.raises(ConfigError, match=words):
             read_local_data(tmp_path / "data.yaml").check(tmp_path)

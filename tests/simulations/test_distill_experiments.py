@@ -34,6 +34,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
         "exemplars",
         "crossmodal",
         "dense segment",
+        "dense detect",
     ],
 )
 def test_an_experiment_runs(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

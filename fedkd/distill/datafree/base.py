@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 from fedkd.errors import ConfigError
 
 if TYPE_CHECKING:

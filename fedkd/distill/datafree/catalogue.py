@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from fedkd.distill.datafree.base import Synthesizer
 from fedkd.errors import ConfigError
-from fedkd.named import check_parameters, class_named
+from fedkd.named import class_named, made
 
 METHODS: Mapping[str, str] = {
     "dafl": "fedkd.distill.datafree.dafl:DAFL",
@@ -42,13 +40,7 @@ def build(section: Mapping[str, Any] | str) -> Synthesizer:
     name = given.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError("expected the name of a method without data, or a section with `name:` and its parameters")
-    cls = method_class(name)
-    check_parameters(cls, name, given)
-    try:
-        return TypeAdapter(cls).validate_python(given)
-    except ValidationError as cause:
-        faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in cause.errors())
-        raise ConfigError(f"{name}: {'; '.join(faults)}") from cause
+    return made(method_class(name), name, given)
 
 
 def resolve(section: Mapping[str, Any] | str) -> dict[str, Any]:

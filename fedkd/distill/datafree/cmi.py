@@ -32,7 +32,7 @@ from fedkd.distill.datafree.guides import Guide
 from fedkd.distill.datafree.makers import Best, Inverter, agreed, labels
 from fedkd.distill.datafree.pool import Pool
 from fedkd.distill.datafree.views import shifted, zoomed
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 
 
 @final

@@ -27,7 +27,7 @@ from fedkd.distill.datafree.base import Form, Maker, Synthesizer
 from fedkd.distill.datafree.guides import Guide
 from fedkd.distill.datafree.makers import GeneratorMaker
 from fedkd.distill.datafree.pool import Pool
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 
 
 @final

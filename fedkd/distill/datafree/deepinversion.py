@@ -28,7 +28,7 @@ from fedkd.distill.datafree.guides import Guide
 from fedkd.distill.datafree.makers import Best, Inverter, labels
 from fedkd.distill.datafree.pool import Pool
 from fedkd.distill.datafree.views import rolled, roughness
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 from fedkd.losses import BetaJensenShannon
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedkd.distill.datafree.base import Form, Maker, Synthesizer
 from fedkd.distill.datafree.guides import Guide
 from fedkd.distill.datafree.pool import Pool
-from fedkd.distill.distiller import Epoch, Fit
+from fedkd.distill.loop import Epoch, Fit, below, load_optimizer, optimizer_state
 from fedkd.errors import ConfigError
 from fedkd.seeding import key
 from fedkd.storage import StorageError, pack_tensors, read_bundle, unpack_tensors, write_bundle
@@ -120,9 +120,7 @@ class DataFree:
         for name, module in self.maker.modules.items():
             tensors |= {f"module|{name}|{n}": t for n, t in module.state_dict().items()}
         for name, one in {**self.maker.optimizers, "": optimizer}.items():
-            for place, slots in one.state_dict()["state"].items():
-                tensors |= {f"optimizer|{name}|{place}|{slot}": torch.as_tensor(v) for slot, v in slots.items()
-                            if v is not None}  # fmt: skip
+            tensors |= {f"optimizer|{name}|{n}": t for n, t in optimizer_state(one).items()}
         tensors |= {f"extra|{name}": t for name, t in self.maker.extra.items()}
         if len(self.pool):
             tensors["pool"] = self.pool.x
@@ -136,27 +134,19 @@ class DataFree:
         note = json.loads(read_metadata(data)["datafree"])
         tensors = {name: t.to(self.device) for name, t in unpack_tensors(data, str(folder)).items()}
         try:
-            self.student.load_state_dict(_below(tensors, "student|"))
+            self.student.load_state_dict(below(tensors, "student|"))
             for name, module in self.maker.modules.items():
-                module.load_state_dict(_below(tensors, f"module|{name}|"))
+                module.load_state_dict(below(tensors, f"module|{name}|"))
             for name, one in {**self.maker.optimizers, "": optimizer}.items():
-                state: dict[int, dict[str, Tensor]] = {}
-                for slot, tensor in _below(tensors, f"optimizer|{name}|").items():
-                    place, kind = slot.split("|")
-                    state.setdefault(int(place), {})[kind] = tensor
-                one.load_state_dict({"state": state, "param_groups": one.state_dict()["param_groups"]})
+                load_optimizer(one, below(tensors, f"optimizer|{name}|"))
         except RuntimeError as cause:
             raise StorageError(f"{folder} belongs to another student or method: {cause}") from cause
-        self.maker.extra |= _below(tensors, "extra|")
+        self.maker.extra |= below(tensors, "extra|")
         self.pool.restore(tensors.get("pool"))
         self.guide.queries = int(note["queries"])
         self.maker.restored()
         self.log = [Epoch(**entry) for entry in note["log"]]
         return int(note["epoch"])
-
-
-def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
-    return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
 @contextlib.contextmanager

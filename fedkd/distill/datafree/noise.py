@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkd.distill.datafree.base import Form, Maker, Synthesizer, divergence
 from fedkd.distill.datafree.guides import Guide
 from fedkd.distill.datafree.pool import Pool
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 
 
 @final

@@ -26,7 +26,7 @@ from fedkd.distill.datafree.base import Form, Maker, Synthesizer, divergence
 from fedkd.distill.datafree.guides import Guide
 from fedkd.distill.datafree.makers import GeneratorMaker
 from fedkd.distill.datafree.pool import Pool
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 from fedkd.distill.taps import Taps
 from fedkd.losses import AttentionTransfer
 

@@ -21,8 +21,8 @@ from fedkd.distill.datafree import (
     generator,
     guide,
 )
-from fedkd.distill.distiller import Fit, Records
 from fedkd.distill.inputs import unlabelled
+from fedkd.distill.loop import Fit, Records
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher
 from fedkd.errors import ConfigError
 from fedkd.models.registry import cnn, mlp

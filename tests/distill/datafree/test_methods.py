@@ -13,7 +13,7 @@ from fedkd.distill.datafree.cmi import _Cmi
 from fedkd.distill.datafree.dafl import DAFL
 from fedkd.distill.datafree.deepinversion import between
 from fedkd.distill.datafree.views import rolled, roughness, shifted, zoomed
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 from fedkd.errors import ConfigError
 from fedkd.models.registry import cnn, mlp
 
