@@ -58,17 +58,22 @@ def class_named(name: str, known: Mapping[str, str | type], base: type[T], what:
 def made(cls: type[T], name: str, given: Mapping[str, Any]) -> T:
     """Return the dataclass ``cls`` with the parameters ``given``, each checked and converted.
 
+    A parameter that is a dataclass itself may be given as a section.
+
     Raises:
         ConfigError: it has no such parameter (the nearest one is named), or a value does not fit.
     """
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in given:
+    known = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    parameters: dict[str, Any] = {}
+    for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else f" It takes: {', '.join(known) or 'none'}."
             raise ConfigError(f"{name} has no parameter {key!r}.{hint}")
+        within = isinstance(value, Mapping) and dataclasses.is_dataclass(known[key])
+        parameters[key] = made(type(known[key]), f"{name}.{key}", value) if within else value
     try:
-        return TypeAdapter(cls).validate_python(dict(given))
+        return TypeAdapter(cls).validate_python(parameters)
     except ValidationError as cause:
         raise ConfigError(f"{name}: {'; '.join(map(_fault, cause.errors()))}") from cause
 

@@ -32,6 +32,7 @@ class Tools:
         self._site, self._round, self.heard = site, round, heard
         self.asked, self.drawn = asked, asked if drawn is None else drawn
         self.classes, self.shape, self.dtype = site.classes, site.shape, site.dtype
+        self.bounds = site.federation.split.train.bounds
         self.devices, self.proxies = len(site.cards), 0 if site.proxy is None else len(site.proxy)
 
     def seed(self, *labels: str | int) -> int:

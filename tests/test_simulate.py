@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import section
 
 from fedkd import simulate
 from fedkd.errors import ConfigError
@@ -42,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fedproto": {},
     "feddf": {"models": {"student": "mlp", "devices": ["mlp", "mlp(hidden=[32])"]}},
     "fedavg": {"codec": {"up": "float16+delta+deflate"}},
+    "dense": {"algorithm": section("dense")},
 }
 
 
@@ -57,7 +59,7 @@ class Interrupt:
 
 
 def experiment(method: str, **more: Any) -> Experiment:
-    return validate({**SMALL, **CASES.get(method, {}), "algorithm": method, **more})
+    return validate({**SMALL, "algorithm": method, **CASES.get(method, {}), **more})
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -181,7 +181,8 @@ class ServerTools(Protocol):
 
     ``drawn``: the proxy samples drawn for this round; ``asked``: those of them that devices answered (see
     :meth:`Algorithm.ask`). ``heard``: the devices that this round's message surely reached, those without an answer
-    among them. ``devices`` and ``proxies``: how many devices and proxy samples there are.
+    among them. ``devices`` and ``proxies``: how many devices and proxy samples there are. ``shape`` and ``bounds``: of one
+    input, and of its values as far as they are public; None where they are not.
     """
 
     asked: np.ndarray
@@ -192,6 +193,7 @@ class ServerTools(Protocol):
     proxies: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    bounds: tuple[float, float] | None
 
     def seed(self, *labels: str | int) -> int: ...
     def initial(self, architecture: str, *labels: str | int) -> Tensors: ...

@@ -38,6 +38,7 @@ METHODS: Mapping[str, str] = {
     "fedgkt": "fedkd.algorithms.fedgkt:FedGKT",
     "fedhkd": "fedkd.algorithms.fedhkd:FedHKD",
     "fedcache": "fedkd.algorithms.fedcache:FedCache",
+    "dense": "fedkd.algorithms.dense:DENSE",
 }
 
 

@@ -64,6 +64,16 @@ class Dataset:
         """Shape of one input, without N."""
         return tuple(self.x.shape[1:])
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The bounds of a model's inputs as far as they are public: pixels lie between 0 and 1 before any scaling."""
+        if len(self.shape) != 3 or self.private:
+            return None
+        if self.scaling is None:
+            return 0.0, 1.0
+        ends = [(end - self.scaling.center) / self.scaling.scale for end in (np.float32(0), np.float32(1))]
+        return float(ends[0].min()), float(ends[1].max())
+
     def inputs(self, index: Index | None = None) -> NDArray[np.float32]:
         """Model inputs float32 [n, *shape] of the records `index`: pixels / 255, then the public scaling if
         any.

@@ -109,7 +109,7 @@ class _Work:
         self.class_names = split.train.class_names
         if any(c >= self.classes for c in experiment.omit):
             raise ConfigError(f"omit names class {max(experiment.omit)}, the data have classes 0 to {self.classes - 1}")
-        self.bounds = _bounds(split.train)
+        self.bounds = split.train.bounds
         self.full, self.test = records(split.train), records(split.test)
         seen = np.flatnonzero(~np.isin(split.train.y, experiment.omit))
         self.train = records(split.train.select(seen)) if experiment.omit else self.full
@@ -397,16 +397,6 @@ def records(data: Dataset) -> Records:
         y=torch.from_numpy(data.y),
         identity=identity,
     )
-
-
-def _bounds(data: Dataset) -> tuple[float, float] | None:
-    """Return the bounds of a model's inputs as far as they are public: pixels lie between 0 and 1 before any scaling."""
-    if len(data.shape) != 3 or data.private:
-        return None
-    if data.scaling is None:
-        return 0.0, 1.0
-    ends = [(end - data.scaling.center) / data.scaling.scale for end in (np.float32(0), np.float32(1))]
-    return float(ends[0].min()), float(ends[1].max())
 
 
 def _bounds_told(teachers: Sequence[TeacherConfig], shape: tuple[int, ...]) -> tuple[float, float] | None:

@@ -37,6 +37,19 @@ CORE = ("local", "central", "fedavg", "fedprox", "fd", "fedmd", "ds_fl", "cfd", 
 """Methods that go through every contract in each run of the tests; the others' full matrix is slow."""
 
 
+_BRIEF = {"epochs": 2, "batch_size": 8, "make": {"steps": 2, "batch_size": 8, "width": 4, "noise": 4}}
+OWN: dict[str, dict[str, Any]] = {
+    "selective_fd": {"tau": 2.0},
+    "dense": merged(_BRIEF, {"make": {"statistics": 0.0}}),
+}
+"""Parameters for short runs: without them one would leave out what a method is about, or take minutes."""
+
+
+def section(method: str) -> dict[str, Any]:
+    """Return the section ``algorithm`` of a short run."""
+    return {"name": method, **OWN.get(method, {})}
+
+
 def each(methods: Iterable[str], fast: Sequence[str] = CORE) -> list[Any]:
     """Return a test's parameters: ``methods``, of which those outside ``fast`` are marked slow."""
     return [pytest.param(m, marks=[] if m in fast else pytest.mark.slow) for m in methods]

@@ -23,6 +23,7 @@ from harness import (
     each,
     merged,
     play,
+    section,
 )
 from numpy.typing import NDArray
 
@@ -57,7 +58,7 @@ SCENES = {"rough": ROUGH, "subsets": SUBSETS}
 
 def scene(method: str, name: str) -> dict[str, Any]:
     """Return a scenario for a method: mixed architectures where it takes them."""
-    raw = merged(SCENES[name], {"algorithm": method})
+    raw = merged(SCENES[name], {"algorithm": section(method)})
     if method_class(method).heterogeneous:
         return merged(raw, {"models": {"student": CNN, "devices": [MLP, CNN, RESNET]}})
     return raw
@@ -96,14 +97,10 @@ QUICK: dict[str, Any] = {
 }
 
 
-OWN: dict[str, dict[str, Any]] = {"selective_fd": {"tau": 2.0}}
-"""Parameters without which so short a run would leave out what a method is about."""
-
-
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in CORE])
 def test_the_newer_methods_are_the_same_on_both_engines(method: str) -> None:
     other = {"models": {"devices": [MLP, "mlp(hidden=[12, 16])"]}} if method_class(method).heterogeneous else {}
-    raw = merged(merged(QUICK, other), {"algorithm": {"name": method, **OWN.get(method, {})}})
+    raw = merged(merged(QUICK, other), {"algorithm": section(method)})
     serial = play(raw)
     assert_same(serial, play(raw, kind="stacked"), 1e-9)
     assert_finite(serial)
@@ -243,7 +240,7 @@ def test_float32_agrees_after_five_rounds(method: str) -> None:
 def test_stretches_of_no_steps_train_nothing_and_stay_writable(method: str, kind: str) -> None:
     """Zero epochs must not leave NaN in the record, which JSON has no word for."""
     off = {"epochs": 0}
-    raw = {"algorithm": method, "rounds": 2, "training": off, "digest": off, "pretrain": off, "server": off}
+    raw = {"algorithm": section(method), "rounds": 2, "training": off, "digest": off, "pretrain": off, "server": off}
     played = play(raw, kind=kind)
     assert all(record["loss"] == {} for record in played.records)
     assert_finite(played)

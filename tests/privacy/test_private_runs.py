@@ -55,7 +55,7 @@ def leaves(reply: Reply) -> Iterator[tuple[str, Any]]:
         yield name, getattr(reply, name)
 
 
-@pytest.mark.parametrize("algorithm", ["ds_fl", "cfd", "fedmd"])
+@pytest.mark.parametrize("algorithm", ["ds_fl", "cfd", "fedmd", "dense"])
 @pytest.mark.parametrize("kind", ["serial", "stacked"])
 def test_taint_nothing_but_the_released_leaves_a_dp_device(algorithm: str, kind: str) -> None:
     """Every number that leaves is known to come from the model or from public facts; counts and losses are none."""

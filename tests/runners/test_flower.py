@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import each
+from harness import each, section
 
 from fedkd import simulate, sweeping
 from fedkd.algorithms.catalogue import METHODS, method_class
@@ -46,7 +46,7 @@ def experiment(method: str = "ds_fl", **more: Any) -> Experiment:
         {
             "rounds": 2,
             "dtype": "float64",
-            "algorithm": method,
+            "algorithm": section(method),
             "data": {"source": "digits", "train_size": 240, "test_size": 80},
             "partition": {"clients": 6, "alpha": 0.5},
             "proxy": {"size": 40, "labelled": True},

@@ -12,7 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import CLIENTS, CNN, CORE, MLP, NO_DATA, RESNET, Played, assemble, assert_same, finish, merged, play
+from harness import (
+    CLIENTS,
+    CNN,
+    CORE,
+    MLP,
+    NO_DATA,
+    RESNET,
+    Played,
+    assemble,
+    assert_same,
+    finish,
+    merged,
+    play,
+    section,
+)
 
 from fedkd import rounds as round_loop
 from fedkd import simulate
@@ -55,7 +69,7 @@ SCENES: dict[str, dict[str, Any]] = {
 
 
 def scene(method: str, name: str, **more: Any) -> dict[str, Any]:
-    raw = merged({"rounds": 5, "virtual": UNEVEN, "algorithm": method}, SCENES[name])
+    raw = merged({"rounds": 5, "virtual": UNEVEN, "algorithm": section(method)}, SCENES[name])
     other = "mlp(hidden=[8, 16])" if method_class(method).heterogeneous else MLP
     return merged(merged(raw, {"models": {"student": MLP, "devices": [MLP, other]}}), more)
 

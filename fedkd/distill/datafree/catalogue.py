@@ -18,6 +18,7 @@ METHODS: Mapping[str, str] = {
     "cmi": "fedkd.distill.datafree.cmi:CMI",
     "fast": "fedkd.distill.datafree.fast:FastDatafree",
     "noise": "fedkd.distill.datafree.noise:Noise",
+    "dense": "fedkd.algorithms.dense:Boundary",
 }
 
 

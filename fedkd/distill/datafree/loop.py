@@ -58,9 +58,10 @@ class DataFree:
     ) -> None:
         self.student, self.guide, self.method, self.how, self.seed = student, guide, method, fit or Fit(), seed
         self.pool, self.device = Pool(keep), device
+        self.dtype = next(student.parameters()).dtype
         self.student.to(device)
         self.guide.to(device)
-        with _seeded(seed, device, "start"):
+        with _seeded(seed, device, self.dtype, "start"):
             self.maker: Maker = method.start(guide, form, self.pool)
         self.log: list[Epoch] = []
 
@@ -79,7 +80,7 @@ class DataFree:
         first = self._restore(checkpoint, optimizer) if checkpoint is not None else 0
         before = self.student.training
         for epoch in range(first, self.how.epochs):
-            with _seeded(self.seed, self.device, "epoch", epoch):
+            with _seeded(self.seed, self.device, self.dtype, "epoch", epoch):
                 self.log.append(self._epoch(epoch, optimizer))
             if checkpoint is not None:
                 self._save(checkpoint, optimizer, epoch + 1)
@@ -150,12 +151,18 @@ class DataFree:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: str, *labels: str | int) -> Iterator[None]:
-    """Lend torch's global stream to what happens inside, seeded by what it is for; new tensors come up on ``device``."""
+def _seeded(seed: int, device: str, dtype: torch.dtype, *labels: str | int) -> Iterator[None]:
+    """Lend torch's global stream to what happens inside, seeded by what it is for; new tensors are of ``dtype`` there, and
+    come up on ``device``."""
     place = torch.device(device) if device != "cpu" else contextlib.nullcontext()
+    before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(key(seed, "datafree", *labels))
-        yield
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

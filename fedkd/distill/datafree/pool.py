@@ -47,9 +47,12 @@ class Pool:
 
     def draw(self, count: int) -> Tensor:
         """Return ``count`` inputs, without repetition where there are enough."""
-        x = self.x
-        index = torch.randperm(len(x))[:count] if count <= len(x) else torch.randint(len(x), (count,))
-        return x[index.to(x.device)]
+        return self.x[self.pick(count)]
+
+    def pick(self, count: int) -> Tensor:
+        """Return the positions [``count``] of random inputs, without repetition where there are enough."""
+        found = torch.randperm(len(self))[:count] if count <= len(self) else torch.randint(len(self), (count,))
+        return found.to(self.x.device)
 
     def restore(self, x: Tensor | None) -> None:
         """Replace everything by x, or by nothing."""

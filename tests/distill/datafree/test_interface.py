@@ -131,6 +131,7 @@ SMALL = {
     "deepinversion": {"steps": 3},
     "cmi": {"steps": 3, "width": 4, "noise": 6, "head": 5, "bank": 12, "others": 6},
     "fast": {"steps": 2, "width": 4, "noise": 6, "warmup": 0.3},
+    "dense": {"steps": 2, "width": 4, "noise": 6},
 }
 
 

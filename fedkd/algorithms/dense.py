@@ -1,0 +1,119 @@
+"""DENSE: one-shot federation without data.
+
+J. Zhang, C. Chen, B. Li, L. Lyu, S. Wu, S. Ding, C. Shen, C. Wu, "DENSE: Data-Free One-Shot Federated Learning", NeurIPS
+2022, https://arxiv.org/abs/2112.12371 (algorithm 1).
+
+Devices train once and send their weights. The server alternates between two stages. A fresh generator and its noise z are
+trained together down
+
+    CE(D(x), y) + lambda_1 · (batch-normalisation statistics) - lambda_2 · mean(1[argmax S != argmax D] · KL(D || S))
+
+with D the mean of the devices' logits, S the student's and y random classes: inputs of the right class, like the data, and
+between the two models' boundaries. The best batch joins a growing pool, on which the student learns D by KL at temperature
+T. Published: 200 epochs of 30 Adam steps 1e-3 (0.5, 0.999) on batches of 256, z of 256, lambda_1 = lambda_2 = 1, T = 20,
+student SGD 0.005 with momentum 0.9, one pass over the pool per epoch. Devices may run different architectures.
+
+Deviations: the statistics are the mean over devices; where devices have no batch normalisation, ``make.statistics=0`` leaves
+that term out; views of inputs are not shifted or mirrored; D's logits of the pool are kept, not computed anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedkd.algorithms.oneshot import OneShot
+from fedkd.distill.datafree import Form, Guide, Maker, Pool, divergence, generator, renew
+from fedkd.distill.datafree.makers import Best, Inverter, labels
+from fedkd.distill.distiller import Fit
+from fedkd.errors import ConfigError
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Boundary(Inverter):
+    """How DENSE makes inputs, and what its student minimises. See the module text."""
+
+    name: ClassVar[str] = "dense"
+    paper: ClassVar[str] = "Zhang et al., NeurIPS 2022"
+    fit: ClassVar[Fit] = Fit(epochs=200, batch_size=256, lr=0.005, momentum=0.9, weight_decay=0.0)
+
+    student_steps: int = 0  # per epoch; 0: one pass over the pool, in batches as large as those made
+    steps: int = 30  # of generator and z, per batch
+    noise: int = 256  # width of z
+    width: int = 64  # of the generator
+    lr: float = 1e-3  # of generator and z
+    statistics: float = 1.0  # lambda_1
+    adversarial: float = 1.0  # lambda_2
+
+    def start(self, guide: Guide, form: Form, pool: Pool) -> Maker:
+        self.check(guide)
+        return _Boundary(self, guide, form, pool)
+
+    def check(self, guide: Guide) -> None:
+        if not self.statistics and guide.differentiable:
+            return
+        try:
+            super().check(guide)
+        except ConfigError as cause:
+            raise ConfigError(f"{cause}; or leave that term out (statistics=0)") from cause
+
+
+def boundary(told: Tensor, said: Tensor) -> Tensor:
+    """Return KL(t || s) of logits [B, C], counted where the two choose different classes, averaged over all of B."""
+    apart = (said.argmax(1) != told.argmax(1)).to(told)
+    return (apart * divergence(told, said)).mean()
+
+
+class _Boundary(Maker):
+    settings: Boundary
+
+    def __init__(self, settings: Boundary, guide: Guide, form: Form, pool: Pool) -> None:
+        super().__init__(settings, guide, form, pool)
+        self.generator = generator(form, settings.noise, settings.width)
+        self.extra = {"told": torch.zeros(0, form.classes)}
+
+    def make(self, student: nn.Module) -> Tensor:
+        how, best = self.settings, Best()
+        renew(self.generator)
+        z = torch.randn(how.batch_size, how.noise).requires_grad_(True)
+        y = labels(how.batch_size, self.form.classes)
+        optimizer = torch.optim.Adam([*self.generator.parameters(), z], how.lr, betas=(0.5, 0.999))
+        with self.guide.statistics(how.name) if how.statistics else contextlib.nullcontext() as watch:
+            for _ in range(how.steps):
+                x = self.generator(z)
+                told = self.guide(x)
+                loss = F.cross_entropy(told, y) - how.adversarial * boundary(told, student(x))
+                if watch is not None:
+                    loss = loss + how.statistics * watch.take()
+                best.see(loss, x, told)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        self.extra["told"] = torch.cat([self.extra["told"], best.kept[1]])[-self.pool.limit :]
+        return best.kept[0]
+
+    def student_steps(self) -> int:
+        return self.settings.student_steps or -(-len(self.pool) // self.settings.batch_size)
+
+    def loss(self, student: nn.Module, batch_size: int) -> Tensor:
+        index = self.pool.pick(min(batch_size, len(self.pool)))
+        return self.settings.student_loss(student(self.pool.x[index]), self.extra["told"][index])
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DENSE(OneShot):
+    """Weights up once; a generator and a student on the server. See the module text."""
+
+    name: ClassVar[str] = "dense"
+    paper: ClassVar[str] = "Zhang et al., NeurIPS 2022"
+
+    make: Boundary = Boundary()
+    batch_size: int = 256
+    lr: float = 0.005
