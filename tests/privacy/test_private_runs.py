@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from harness import Tap, assemble, finish, merged
+from harness import Tap, assemble, finish, merged, section
 
 from fedkd import simulate
 from fedkd.errors import ConfigError
@@ -59,7 +59,7 @@ def leaves(reply: Reply) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("kind", ["serial", "stacked"])
 def test_taint_nothing_but_the_released_leaves_a_dp_device(algorithm: str, kind: str) -> None:
     """Every number that leaves is known to come from the model or from public facts; counts and losses are none."""
-    played = assemble(merged(DP, {"algorithm": algorithm, "rounds": 2}), kind=kind)
+    played = assemble(merged(DP, {"algorithm": section(algorithm), "rounds": 2}), kind=kind)
     tap = Tap(played.runner)
     played.rounds.runner = tap
     finish(played)
