@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from fedkd.algorithms.oneshot import OneShot
 from fedkd.distill.datafree import Form, Guide, Maker, Pool, divergence, generator, renew
 from fedkd.distill.datafree.makers import Best, Inverter, labels
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 from fedkd.errors import ConfigError
 
 

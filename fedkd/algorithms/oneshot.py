@@ -18,7 +18,7 @@ import torch
 
 from fedkd.algorithms.base import Algorithm, Answers, Heard, ServerState, ServerTools, View, with_model
 from fedkd.distill.datafree import DataFree, Form, ModelsGuide, Synthesizer
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 from fedkd.errors import ConfigError
 from fedkd.payloads import Bundle, Nothing, Payload, Weights
 

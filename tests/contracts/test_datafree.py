@@ -16,7 +16,7 @@ from fedkd.algorithms.catalogue import build, method_class
 from fedkd.algorithms.dense import Boundary, boundary
 from fedkd.collected import Collected
 from fedkd.distill.datafree import DataFree, Form, ModelsGuide, Statistics, norm_layers
-from fedkd.distill.distiller import Fit
+from fedkd.distill.loop import Fit
 from fedkd.errors import ConfigError
 from fedkd.models.registry import cnn
 from fedkd.payloads import Bundle, Nothing, Weights
