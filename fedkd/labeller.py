@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,27 +44,35 @@ def class_probabilities(predictor: Any, x: NDArray[np.generic], classes: int) ->
 
 
 class OnnxPredictor:
-    """An ONNX file, run by onnxruntime on one core of the CPU; int8 (QDQ) files run as float ones do.
+    """An ONNX file, run by onnxruntime on the CPU; int8 (QDQ) files run as float ones do.
 
     Args:
         gives: whether the output is logits or probabilities.
         output: its name; None takes the first output of floats [N, C].
+        threads: that work on one batch. With one, memory is given back after every batch, since what a session keeps
+            outweighs the model on a small device.
 
     Raises:
         ConfigError: onnxruntime is not installed, or the file is no such model.
     """
 
-    def __init__(self, path: Path, gives: Literal["logits", "probabilities"], output: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        gives: Literal["logits", "probabilities"],
+        output: str | None = None,
+        threads: int = 1,
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as cause:
             raise ConfigError(f"{path} needs onnxruntime: pip install onnxruntime") from cause
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        # Memory that a session keeps for later outweighs the model on a small device.
-        options.enable_cpu_mem_arena = False
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.enable_cpu_mem_arena = threads > 1
         try:
-            self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+            data = path.read_bytes()
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except OSError as cause:
             raise ConfigError(f"cannot read the model {path}: {cause.strerror or cause}") from cause
         except Exception as cause:
@@ -79,11 +88,13 @@ class OnnxPredictor:
         if not fitting:
             named = {o.name: f"{o.type} {o.shape}" for o in outputs}
             raise ConfigError(f"{path} gives {named}: expected floats [N, C]" + (f" called {output}" if output else ""))
-        self._input, self._output, self._gives = inputs[0].name, fitting[0], gives
+        self._input, self._output, self.gives = inputs[0].name, fitting[0], gives
         self._dims = inputs[0].shape[1:]
         size = next(o.shape[1] for o in outputs if o.name == self._output)
         self.classes: int | None = size if isinstance(size, int) else None
         """Number of classes C, where the file says so."""
+        self.identity = hashlib.sha256(data + f"{gives} {self._output}".encode()).hexdigest()
+        """Hash of what it answers by."""
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -92,11 +103,15 @@ class OnnxPredictor:
 
     def predict_proba(self, x: NDArray[np.generic]) -> NDArray[np.float64]:
         """Return class probabilities [N, C] of inputs [N, ...]."""
-        x = np.asarray(x, np.float32)
-        if self.shape is not None:
-            x = x.reshape(len(x), *self.shape)
-        found = np.asarray(self._session.run([self._output], {self._input: x})[0], np.float64)
-        if self._gives == "probabilities":
+        found = self.scores(x).astype(np.float64)
+        if self.gives == "probabilities":
             return found
         found = np.exp(found - found.max(axis=1, keepdims=True))
         return np.asarray(found / found.sum(axis=1, keepdims=True))
+
+    def scores(self, x: NDArray[np.generic]) -> NDArray[np.floating]:
+        """Return what the file gives [N, C], logits or probabilities, for inputs [N, ...]."""
+        x = np.asarray(x, np.float32)
+        if self.shape is not None:
+            x = x.reshape(len(x), *self.shape)
+        return np.asarray(self._session.run([self._output], {self._input: x})[0])

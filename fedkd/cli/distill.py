@@ -85,6 +85,9 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
         lines.append(("agreement", f"{100 * summary['agreement']:.2f} % of the {seen} inputs, student and teacher"))
     if summary.get("method"):
         lines.append(("queries", f"{summary['queries']:,} inputs that the teacher answered"))
+    if summary.get("paid") is not None:
+        lines.append(("paid", f"{summary['paid']:,} different inputs, charged by the service"))
+    if summary.get("method"):
         lines.append(("pool", f"{folder / summary['pool']['file']}  ({summary['pool']['size']:,} synthetic inputs)"))
     lines += [("time", f"{summary['seconds']:.1f} s"), ("run", str(folder))]
     width = max(len(name) for name, _ in lines)

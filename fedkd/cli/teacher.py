@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -49,6 +49,7 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Architecture, where a file does not name it.")] = None,
     shape: Annotated[str | None, typer.Option(help="Shape of one input, such as 1x28x28, where no file tells.")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes, where no file tells.")] = None,
+    gives: Annotated[str, typer.Option(help="What an ONNX file's output is: logits or probabilities.")] = "logits",
 ) -> None:
     """Answer soft labels over TLS until Ctrl-C."""
     from fedkd.cli.main import out
@@ -57,7 +58,7 @@ def serve(
     from fedkd.teacher.service import TeacherService
     from fedkd.teacher.sources import open_teacher
 
-    teacher, form = open_teacher(models, model, _shape(shape), classes)
+    teacher, form = open_teacher(models, model, _shape(shape), classes, _gives(gives))
     if policy is None:
         kit = Path("teacher-kit")
         policy = kit / "policy.yaml"
@@ -87,6 +88,50 @@ def serve(
             out.print("stopped", highlight=False)
 
 
+@teacher_app.command("check")
+def check(
+    models: Annotated[
+        list[str], typer.Argument(help="As for serve: files or package.module:factory; several are an ensemble.")
+    ],
+    data: Annotated[str, typer.Option(help="Labelled source whose test set measures the copies: a name or an .npz.")],
+    policy: Annotated[
+        Path | None, typer.Option(help="Adds a row with its answers and its first caller's budget.")
+    ] = None,
+    student: Annotated[str, typer.Option(help="Architecture of the copies.")] = "lenet_half",
+    defences: Annotated[str, typer.Option(help="Names with , between them, or all.")] = "all",
+    attacks: Annotated[str, typer.Option(help="ideal, dfme, noise, other, or package.module:Class.")] = "ideal,noise",
+    queries: Annotated[str, typer.Option(help="Numbers of queries, each a column.")] = "250,1000,4000",
+    seeds: Annotated[str, typer.Option(help="Seeds of the copies.")] = "1,2,3",
+    steps: Annotated[int, typer.Option(help="Steps of every copy, on batches of 64.")] = 1500,
+    other: Annotated[
+        Path | None, typer.Option(help="For `other`: a folder of images or an .npz of unlabelled inputs.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--json", help="Also write the table here.")] = None,
+    model: Annotated[str | None, typer.Option(help="Architecture, where a file does not name it.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Shape of one input, such as 1x28x28, where no file tells.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes, where no file tells.")] = None,
+    gives: Annotated[str, typer.Option(help="What an ONNX file's output is: logits or probabilities.")] = "logits",
+) -> None:
+    """Tell how far a caller could copy this teacher by its answers, with and without each defence."""
+    from fedkd.cli.main import err, out
+    from fedkd.simulate import versions
+    from fedkd.storage import write_json
+    from fedkd.teacher.check import check as measure
+    from fedkd.teacher.check import plan, table
+    from fedkd.teacher.sources import open_teacher
+
+    teacher, form = open_teacher(models, model, _shape(shape), classes, _gives(gives))
+    made = plan(
+        teacher, form, data, student=student, policy=policy, defences=defences, attacks=attacks.split(","),
+        queries=_numbers(queries), seeds=_numbers(seeds), steps=steps, other=other,
+    )  # fmt: skip
+    rows = measure(made, lambda row: err.print(f"{row['defence']}, {row['attack']}", highlight=False))
+    out.print(table(made, rows))
+    if to is not None:
+        write_json(to, {"models": models, "data": data, "student": student, "steps": steps, "seeds": made.seeds,
+                        "rows": rows, "versions": versions()})  # fmt: skip
+
+
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -101,3 +146,16 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
     if not found or min(found) < 1:
         raise typer.BadParameter(f"shape {text!r}: expected numbers joined by x, such as 1x28x28")
     return found
+
+
+def _gives(text: str) -> Literal["logits", "probabilities"]:
+    if text not in ("logits", "probabilities"):
+        raise typer.BadParameter(f"gives {text!r}: expected logits or probabilities")
+    return "logits" if text == "logits" else "probabilities"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: expected whole numbers with , between them") from None

@@ -78,6 +78,7 @@ class TeacherConfig(Section):
     path: Path | None = None
     url: str | None = Field(None, description="grpcs://host:port of `fedkd teacher serve`, with ?ca=FILE&token=FILE.")
     model: str | None = Field(None, description="Architecture; needed where no file names it.")
+    gives: Literal["logits", "probabilities"] = Field("logits", description="What an ONNX file's output is.")
     weight: float = Field(1.0, ge=0, description="Weight among several teachers.")
     training: FitConfig = FitConfig()
 

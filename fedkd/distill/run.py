@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from fedkd.distill.cache import data_identity
 from fedkd.distill.config import DistillExperiment, FitConfig, OnlineConfig, TeacherConfig
 from fedkd.distill.distiller import Distiller, accuracy
 from fedkd.distill.inputs import unlabelled
-from fedkd.distill.loop import FEED, Epoch, Records, still
-from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, OnnxTeacher, Teacher, load_teacher, read_note
+from fedkd.distill.loop import FEED, Epoch, Fit, Records, still
+from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, Teacher, load_teacher, read_note
 from fedkd.distill.terms import Term
 from fedkd.errors import ConfigError
 from fedkd.experiment import build, read_yaml
@@ -31,6 +31,9 @@ from fedkd.models import Architecture
 from fedkd.seeding import key
 from fedkd.simulate import git_revision, versions
 from fedkd.storage import StorageError, pack_tensors, read_bundle, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from fedkd.distill.datafree import Synthesizer
 
 CONFIG, SUMMARY, STUDENT, POOL = "config.yaml", "summary.json", "student.safetensors", "pool.npz"
 Watch = Callable[[str, Epoch, int], None]
@@ -144,6 +147,8 @@ class _Work:
             "log": [vars(e) for e in log],
             **beside,
         }
+        # Counted last, when nothing more is asked.
+        summary["paid"] = teacher.paid
         self._alone(summary)
         return self._finished(summary, began)
 
@@ -278,6 +283,7 @@ class _Work:
             keep=experiment.pool,
             device=device(experiment.device, "device").type,
         )
+        self._affordable(teacher, work.method, work.how)
         work.run(checkpoint=self._place("student"), watch=self._watcher("student", experiment.training))
         queries = asked.queries
         self.student.to("cpu")
@@ -293,6 +299,20 @@ class _Work:
             "bounds": bounds,
         }
         return Records.of(x), work.log, beside
+
+    @staticmethod
+    def _affordable(teacher: Teacher, method: Synthesizer, fit: Fit) -> None:
+        """Refuse a run that asks for more than a service will answer, before a query is spent on it."""
+        each, left = method.queries_per_epoch(fit), teacher.queries_left
+        if not each or left is None:
+            return
+        # What an interrupted run has paid already is remembered, and free.
+        left += teacher.paid or 0
+        if each * fit.epochs > left:
+            raise ConfigError(
+                f"{method.name} asks {each:,} inputs in each of {fit.epochs:,} epochs, and the teacher answers {left:,} at "
+                f"most: set training.epochs to {left // each}, or make the method's batches smaller"
+            )
 
     def _teacher(self, place: int, config: TeacherConfig) -> Teacher:
         found = self.ready[place] if self.ready else self._found(config)
@@ -325,17 +345,14 @@ class _Work:
             return RemoteTeacher(config.url, self.folder / "answers" / "remote.sqlite")
         if config.path is None:
             return None
-        note = {} if hasattr(self, "shape") else read_note(config.path)
-        shape = tuple(note.get("shape", ())) or getattr(self, "shape", None)
-        classes = int(note.get("classes", 0)) or getattr(self, "classes", None)
-        if shape is None or classes is None:
-            if config.path.suffix.lower() == ".onnx":
-                return OnnxTeacher(config.path)
-            raise ConfigError(f"{config.path} does not say what it takes and gives: name labelled `data` beside it")
-        return load_teacher(config.path, shape, classes, config.model)
+        # Of inputs without labels the teacher tells the form; labelled data have one that it must fit.
+        form = getattr(self, "shape", None), getattr(self, "classes", None)
+        return load_teacher(config.path, *form, config.model, config.gives)
 
     def _accuracy(self, model: nn.Module | Teacher) -> float | None:
-        return None if self.test is None else accuracy(model, self.test)
+        if self.test is None or (isinstance(model, Teacher) and model.priced):
+            return None
+        return accuracy(model, self.test)
 
     def _fit(self, distiller: Distiller, data: Records, stage: str, how: FitConfig) -> None:
         distiller.fit(data, checkpoint=self._place(stage), watch=self._watcher(stage, how))
@@ -366,7 +383,7 @@ class _Work:
 
     def _by_class(self, model: nn.Module | Teacher) -> list[float | None]:
         found: list[float | None] = []
-        if self.test is None or self.test.y is None:
+        if self.test is None or self.test.y is None or (isinstance(model, Teacher) and model.priced):
             return found
         test, labels = self.test, self.test.y.numpy()
         for c in range(self.classes):

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from fedkd.distill.taps import Taps
 from fedkd.errors import ConfigError
+from fedkd.labeller import FLOOR, OnnxPredictor, class_probabilities
 from fedkd.models import Architecture
 from fedkd.storage import StorageError, unpack_tensors
 from fedkd.store import read_metadata
-
-FLOOR = 1e-6
-"""Least probability of a teacher that gives probabilities: their logarithms serve as logits."""
 
 
 class Teacher(ABC):
@@ -31,11 +29,20 @@ class Teacher(ABC):
         shape: shape of one input, or None where the teacher does not say.
         classes: number of classes C.
         identity: hash of what it answers by; cached answers belong to it.
+        priced: whether every new input costs a query, so that it is asked for nothing but to learn from it.
+        queries_left: new inputs that it will still answer; None where there is no limit.
+        paid: different inputs paid so far, over all processes of a run; None where nothing is.
     """
 
     shape: tuple[int, ...] | None
     classes: int
     identity: str
+    priced: bool = False
+    queries_left: int | None = None
+
+    @property
+    def paid(self) -> int | None:
+        return None
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
@@ -80,33 +87,25 @@ class ModuleTeacher(Teacher):
 
 
 class OnnxTeacher(Teacher):
-    """An ONNX file, run by onnxruntime on the CPU. ``gives``: whether its first output is logits or probabilities."""
+    """An ONNX file, run by onnxruntime on the CPU with torch's number of threads.
+
+    Args:
+        gives: whether its first output of floats [N, C] is logits or probabilities.
+    Raises:
+        ConfigError: onnxruntime is not installed, the file is no such model, or does not say how many classes it knows.
+    """
 
     def __init__(self, path: Path, gives: Literal["logits", "probabilities"] = "logits") -> None:
-        try:
-            import onnxruntime
-        except ImportError as cause:
-            raise ConfigError("an ONNX teacher needs onnxruntime: pip install 'fedkd[onnx]'") from cause
-        data = _bytes(path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as cause:
-            raise ConfigError(f"{path} cannot be read as ONNX: {' '.join(str(cause).split())[:200]}") from cause
-        entry, exit_ = self._session.get_inputs()[0], self._session.get_outputs()[0]
-        if entry.type != "tensor(float)":
-            raise ConfigError(f"{path} takes {entry.type}, expected float inputs")
-        self._input, self._gives = entry.name, gives
-        self.shape = tuple(entry.shape[1:]) if all(isinstance(s, int) for s in entry.shape[1:]) else None
-        if len(exit_.shape) != 2 or not isinstance(exit_.shape[1], int):
-            raise ConfigError(f"{path} gives {exit_.shape}, expected class scores [batch, classes]")
-        self.classes = exit_.shape[1]
-        self.identity = hashlib.sha256(data + gives.encode()).hexdigest()
+        self._file = OnnxPredictor(path, gives, threads=torch.get_num_threads())
+        if self._file.classes is None:
+            raise ConfigError(f"{path} leaves the number of classes open: export it with a fixed last axis")
+        self.shape, self.classes, self.identity = self._file.shape, self._file.classes, self._file.identity
 
     def logits(self, x: Tensor) -> Tensor:
-        found = np.asarray(self._session.run(None, {self._input: x.float().numpy()})[0])
-        return torch.from_numpy(found).to(x.dtype) if self._gives == "logits" else log_probabilities(found, x.dtype)
+        found = self._file.scores(x.numpy())
+        return (
+            torch.from_numpy(found).to(x.dtype) if self._file.gives == "logits" else log_probabilities(found, x.dtype)
+        )
 
 
 class PredictorTeacher(Teacher):
@@ -116,11 +115,8 @@ class PredictorTeacher(Teacher):
         self._predictor, self.classes, self.identity, self.shape = predictor, classes, identity, shape
 
     def logits(self, x: Tensor) -> Tensor:
-        given = np.asarray(self._predictor.predict_proba(x.flatten(1).numpy()), dtype=np.float64)
-        held = np.asarray(getattr(self._predictor, "classes_", np.arange(given.shape[1])), dtype=np.int64)
-        full = np.zeros((len(given), self.classes))
-        full[:, held] = given
-        return log_probabilities(full, x.dtype)
+        found = class_probabilities(self._predictor, x.flatten(1).numpy(), self.classes)
+        return torch.from_numpy(np.log(found)).to(x.dtype)
 
 
 class EnsembleTeacher(Teacher):
@@ -138,8 +134,15 @@ class EnsembleTeacher(Teacher):
         self.members, self.mix = [(t, w / total) for t, w in members], mix
         self.classes = counts[0]
         self.shape = next((t.shape for t, _ in members if t.shape is not None), None)
+        self.priced = any(t.priced for t, _ in members)
+        self.queries_left = min((t.queries_left for t, _ in members if t.queries_left is not None), default=None)
         text = mix + "".join(f"{t.identity}:{w!r};" for t, w in self.members)
         self.identity = hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def paid(self) -> int | None:
+        known = [t.paid for t, _ in self.members if t.paid is not None]
+        return sum(known) if known else None
 
     def logits(self, x: Tensor) -> Tensor:
         found = [(teacher.logits(x), weight) for teacher, weight in self.members]
@@ -149,35 +152,48 @@ class EnsembleTeacher(Teacher):
 
 
 def log_probabilities(probabilities: NDArray[np.floating], dtype: torch.dtype) -> Tensor:
-    """Return logits for probabilities [B, C]: their logarithms, floored at :data:`FLOOR`."""
+    """Return logits for probabilities [B, C]: their logarithms, floored at :data:`fedkd.labeller.FLOOR`."""
     full = np.clip(np.asarray(probabilities, np.float64), FLOOR, None)
     return torch.from_numpy(np.log(full / full.sum(axis=1, keepdims=True))).to(dtype)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
-def load_teacher(path: Path, shape: tuple[int, ...], classes: int, model: str | None = None) -> Teacher:
+def load_teacher(
+    path: Path,
+    shape: tuple[int, ...] | None = None,
+    classes: int | None = None,
+    model: str | None = None,
+    gives: Literal["logits", "probabilities"] = "logits",
+) -> Teacher:
     """Read a teacher from a file, by its ending.
 
     Args:
         path: ``.safetensors`` as fedkd writes it (``student.safetensors`` of a run), or any with ``model`` named;
             ``.onnx``; ``.pt``, ``.pth``: a state dict, read with ``weights_only=True``, with ``model`` named.
-        shape, classes: what the data have; the teacher must fit.
+        shape, classes: what the data have, and the teacher must fit; None where the file tells.
         model: the architecture, where the file does not name it.
+        gives: of an ONNX file.
     Raises:
-        ConfigError: the file is missing or damaged, names no model, or does not fit the data.
+        ConfigError: the file is missing or damaged, names no model, says too little, or does not fit the data.
     """
     ending = path.suffix.lower()
     if ending == ".onnx":
-        teacher: Teacher = OnnxTeacher(path)
-    elif ending == ".safetensors":
-        teacher = _from_safetensors(path, shape, classes, model)
-    elif ending in (".pt", ".pth"):
-        teacher = _module(_pickled(path), path, model, shape, classes)
+        teacher: Teacher = OnnxTeacher(path, gives)
+    elif ending in (".safetensors", ".pt", ".pth"):
+        note = read_note(path) if ending == ".safetensors" else {}
+        own_shape, own_classes = note.get("shape", shape), note.get("classes", classes)
+        if own_shape is None or own_classes is None:
+            raise ConfigError(
+                f"{path} does not say what it takes and gives: the shape of one input and the number of classes must be "
+                "named beside it, by labelled `data` or by --shape and --classes"
+            )
+        weights = unpack_tensors(_bytes(path), str(path)) if ending == ".safetensors" else _pickled(path)
+        teacher = _module(weights, path, model or note.get("architecture"), tuple(own_shape), int(own_classes))
     else:
         raise ConfigError(f"teacher {path}: expected a file ending in .safetensors, .onnx, .pt or .pth")
-    if teacher.classes != classes:
+    if classes is not None and teacher.classes != classes:
         raise ConfigError(f"teacher {path} knows {teacher.classes} classes, the data have {classes}")
-    if teacher.shape is not None and teacher.shape != tuple(shape):
+    if shape is not None and teacher.shape is not None and teacher.shape != tuple(shape):
         raise ConfigError(f"teacher {path} takes inputs {list(teacher.shape)}, the data have {list(shape)}")
     return teacher
 
@@ -189,13 +205,6 @@ def read_note(path: Path) -> dict[str, Any]:
         return dict(json.loads(read_metadata(data)["fedkd"]))
     except (StorageError, KeyError, ValueError):
         return {}
-
-
-def _from_safetensors(path: Path, shape: tuple[int, ...], classes: int, model: str | None) -> Teacher:
-    note = read_note(path)
-    name = model or note.get("architecture")
-    own_shape, own_classes = tuple(note.get("shape", shape)), int(note.get("classes", classes))
-    return _module(unpack_tensors(_bytes(path), str(path)), path, name, own_shape, own_classes)
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:

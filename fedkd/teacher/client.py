@@ -42,6 +42,8 @@ class RemoteTeacher(Teacher):
         RemoteError: the service cannot be reached or refuses this caller.
     """
 
+    priced = True
+
     def __init__(self, url: str, cache: Path | None = None, batch: int = 256) -> None:
         self._channel, self._metadata = _connect(url)
         self._url = url.split("?")[0]
@@ -69,6 +71,12 @@ class RemoteTeacher(Teacher):
             "CREATE TABLE IF NOT EXISTS answers (service TEXT, input BLOB, answer BLOB, PRIMARY KEY (service, input)) "
             "WITHOUT ROWID"
         )
+
+    @property
+    def paid(self) -> int:
+        """Different inputs that the cache holds answers to: those of earlier processes of a run too."""
+        row = self._db.execute("SELECT COUNT(*) FROM answers WHERE service = ?", (self.identity,)).fetchone()
+        return int(row[0])
 
     def close(self) -> None:
         """End the connection."""

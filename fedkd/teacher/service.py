@@ -7,14 +7,12 @@ import hmac
 import json
 import logging
 import math
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import numpy as np
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
@@ -23,8 +21,8 @@ from fedkd.errors import ConfigError
 from fedkd.privacy.ledger import LedgerError
 from fedkd.teacher import teacher_pb2 as pb
 from fedkd.teacher.accounts import Accounts, OverBudget
-from fedkd.teacher.policy import AnswersConfig, CallerConfig, Policy, token_hash
-from fedkd.teacher.private import PrivateAnswers
+from fedkd.teacher.answers import Answers
+from fedkd.teacher.policy import CallerConfig, Policy, token_hash
 
 SERVICE = "fedkd.teacher.v1.Teacher"
 INPUT_CAP = 1e6
@@ -46,9 +44,7 @@ class TeacherService:
         text = teacher.identity + policy.answers.model_dump_json()
         self.identity = hashlib.sha256(text.encode()).hexdigest()
         self.accounts = Accounts(policy.state)
-        private = policy.answers.privacy
-        self._private = PrivateAnswers(teacher, private, policy.state) if private is not None else None
-        self._model = threading.Lock()
+        self._answers = Answers(teacher, policy.answers, policy.state)
         size = policy.max_message_bytes
         self._server = grpc.server(
             ThreadPoolExecutor(policy.streams, thread_name_prefix="teacher"),
@@ -140,10 +136,10 @@ class TeacherService:
                     self.identity,
                     hashes,
                     self.teacher.classes,
-                    lambda rows, x=x: self._make(x[rows]),  # type: ignore[misc]
+                    lambda rows, x=x: self._answers.make(x[rows]),  # type: ignore[misc]
                     budget=caller.queries,
                     rate=caller.rate,
-                    charge=lambda count: self._charge(caller, count),
+                    charge=lambda count: self._answers.charge(caller, count),
                 )
             except OverBudget as cause:
                 _log("refused", caller.name, reason="budget", asked=len(hashes))
@@ -170,19 +166,6 @@ class TeacherService:
             return f"an input is NaN, infinite or beyond {INPUT_CAP:g}: expected finite numbers"
         hashes = [hashlib.blake2b(row.data, digest_size=16).digest() for row in x]
         return x.reshape(count, *self.shape), hashes
-
-    def _charge(self, caller: CallerConfig, count: int) -> None:
-        if self._private is not None:
-            self._private.charge(caller, count)
-
-    def _make(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        given = torch.from_numpy(np.array(x))
-        with self._model:
-            if self._private is not None:
-                probabilities = self._private.probabilities(given)
-            else:
-                probabilities = self.teacher.logits(given).softmax(-1).double()
-        return blur(probabilities.numpy(), self.policy.answers)
 
     def _caller(self, context: Any) -> CallerConfig:
         """Return who calls; ends the call where nobody of the policy does."""
@@ -212,34 +195,6 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
     finally:
         # Not waited for: a refused caller may keep its stream open, and hears why only when this is left.
         reader.shutdown(wait=False)
-
-
-def blur(probabilities: NDArray[np.float64], how: AnswersConfig) -> NDArray[np.float32]:
-    """Return probabilities [n, C] as the policy lets them be seen; rows sum to 1.
-
-    Noise is drawn from the operating system's entropy, so that a caller cannot repeat it.
-    """
-    p = probabilities
-    classes = p.shape[1]
-    if how.noise:
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence()))
-        p = np.clip(p + rng.normal(0.0, how.noise, p.shape), 0.0, None)
-        total = p.sum(1, keepdims=True)
-        p = np.where(total > 0, p / np.where(total > 0, total, 1), 1 / classes)
-    if how.kind == "top1":
-        hot: NDArray[np.float32] = np.eye(classes, dtype=np.float32)[p.argmax(1)]
-        return hot
-    if how.top_k is not None and how.top_k < classes:
-        order = np.argsort(-p, axis=1, kind="stable")
-        kept = np.zeros(p.shape, bool)
-        np.put_along_axis(kept, order[:, : how.top_k], True, axis=1)
-        rest = np.where(kept, 0.0, p).sum(1, keepdims=True) / (classes - how.top_k)
-        p = np.where(kept, p, rest)
-    if how.decimals is not None:
-        p = np.round(p, how.decimals)
-        total = p.sum(1, keepdims=True)
-        p = np.where(total > 0, p / np.where(total > 0, total, 1), 1 / classes)
-    return p.astype(np.float32)
 
 
 def _log(event: str, caller: str, **facts: object) -> None:

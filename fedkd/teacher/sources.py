@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from fedkd.distill.teachers import (
     EnsembleTeacher,
-    OnnxTeacher,
     PredictorTeacher,
     Teacher,
     load_teacher,
-    read_note,
 )
 from fedkd.errors import ConfigError
 from fedkd.named import imported
 
 
 def open_teacher(
-    models: Sequence[str], model: str | None, shape: tuple[int, ...] | None, classes: int | None
+    models: Sequence[str],
+    model: str | None,
+    shape: tuple[int, ...] | None,
+    classes: int | None,
+    gives: Literal["logits", "probabilities"] = "logits",
 ) -> tuple[Teacher, tuple[int, ...]]:
     """Return the teacher (an ensemble of equal weights, where several are named) and the shape of one input.
 
@@ -30,10 +33,16 @@ def open_teacher(
             ``predict_proba``.
         model: architecture, where a file does not name it.
         shape, classes: of the inputs and answers, where no file tells.
+        gives: of ONNX files.
     Raises:
         ConfigError: a file is missing or says too little, or the teachers do not fit each other.
     """
-    found = [_open(name, model, shape, classes) for name in models]
+    found = [
+        _imported(name, shape, classes)
+        if ":" in name and not Path(name).exists()
+        else load_teacher(Path(name), shape, classes, model, gives)
+        for name in models
+    ]
     shapes = sorted({t.shape for t in found if t.shape is not None})
     if len(shapes) > 1:
         raise ConfigError(f"the teachers take inputs of different shapes: {shapes}")
@@ -41,20 +50,6 @@ def open_teacher(
     if form is None:
         raise ConfigError("no file tells the shape of one input: give --shape, such as 1x28x28")
     return (found[0] if len(found) == 1 else EnsembleTeacher([(t, 1.0) for t in found])), form
-
-
-def _open(name: str, model: str | None, shape: tuple[int, ...] | None, classes: int | None) -> Teacher:
-    if ":" in name and not Path(name).exists():
-        return _imported(name, shape, classes)
-    path = Path(name)
-    if path.suffix.lower() == ".onnx":
-        onnx = OnnxTeacher(path)
-        return load_teacher(path, shape or onnx.shape or (), classes or onnx.classes)
-    note = read_note(path) if path.suffix.lower() == ".safetensors" else {}
-    own_shape, own_classes = tuple(note.get("shape", shape or ())), int(note.get("classes", classes or 0))
-    if not own_shape or not own_classes:
-        raise ConfigError(f"{name} does not say what it takes and gives: add --model, --shape and --classes")
-    return load_teacher(path, own_shape, own_classes, model)
 
 
 def _imported(name: str, shape: tuple[int, ...] | None, classes: int | None) -> Teacher:

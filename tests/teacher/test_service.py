@@ -27,9 +27,10 @@ from fedkd.errors import ConfigError
 from fedkd.teacher import client as client_module
 from fedkd.teacher import teacher_pb2 as pb
 from fedkd.teacher.accounts import Accounts, OverBudget
+from fedkd.teacher.answers import blur
 from fedkd.teacher.client import RemoteError, RemoteTeacher
 from fedkd.teacher.policy import AnswersConfig, CallerConfig, Policy, TlsConfig, load_policy, token_hash
-from fedkd.teacher.service import SERVICE, TeacherService, blur
+from fedkd.teacher.service import SERVICE, TeacherService
 
 Digits = tuple[Tensor, Tensor]
 

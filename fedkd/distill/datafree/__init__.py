@@ -6,6 +6,7 @@ from fedkd.distill.datafree.generators import ImageGenerator, TableGenerator, ge
 from fedkd.distill.datafree.guides import AnswersGuide, Guide, ModelsGuide, guide
 from fedkd.distill.datafree.loop import DataFree
 from fedkd.distill.datafree.pool import Pool
+from fedkd.distill.datafree.probing import ProbingGuide
 from fedkd.distill.datafree.statistics import Statistics, norm_layers
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Maker",
     "ModelsGuide",
     "Pool",
+    "ProbingGuide",
     "Statistics",
     "Synthesizer",
     "TableGenerator",

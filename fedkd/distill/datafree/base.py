@@ -72,6 +72,7 @@ class Maker(ABC):
         modules, optimizers: what a checkpoint must hold to go on bit for bit.
         extra: other tensors of the state, by name; a maker replaces entries, never the mapping.
         progress: share of the training that is done, from 0 to below 1; the loop sets it.
+        student_batch: inputs of a step of the student; the loop sets it.
     """
 
     def __init__(self, settings: Synthesizer, guide: Guide, form: Form, pool: Pool) -> None:
@@ -80,6 +81,7 @@ class Maker(ABC):
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.extra: dict[str, Tensor] = {}
         self.progress = 0.0
+        self.student_batch = settings.batch_size
 
     @abstractmethod
     def make(self, student: nn.Module) -> Tensor:
@@ -146,6 +148,10 @@ class Synthesizer(ABC):
             ConfigError: the teacher lacks what the method needs; says what to use instead.
         """
 
+    def queries_per_epoch(self, fit: Fit) -> int | None:
+        """Return how many inputs an epoch asks of a teacher that only answers, or None where that is not known before."""
+        return None
+
     def check(self, guide: Guide) -> None:
         """Refuse a teacher that lacks what the method needs.
 
@@ -155,7 +161,7 @@ class Synthesizer(ABC):
         if self.looks_inside and not guide.differentiable:
             raise ConfigError(
                 f"{self.name} needs gradients through the teacher, and this one only answers: use a method for a black "
-                "box, such as noise, or a teacher whose weights are at hand (.safetensors, .pt)"
+                "box, such as ideal or dfme, or a teacher whose weights are at hand (.safetensors, .pt)"
             )
         if self.norms:
             guide.statistics(self.name).close()

@@ -17,6 +17,8 @@ METHODS: Mapping[str, str] = {
     "deepinversion": "fedkd.distill.datafree.deepinversion:DeepInversion",
     "cmi": "fedkd.distill.datafree.cmi:CMI",
     "fast": "fedkd.distill.datafree.fast:FastDatafree",
+    "dfme": "fedkd.distill.datafree.dfme:DFME",
+    "ideal": "fedkd.distill.datafree.ideal:IDEAL",
     "noise": "fedkd.distill.datafree.noise:Noise",
     "dense": "fedkd.algorithms.dense:Boundary",
 }

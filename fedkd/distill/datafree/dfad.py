@@ -19,12 +19,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedkd.distill.datafree.base import Form, Maker, Synthesizer
 from fedkd.distill.datafree.guides import Guide
-from fedkd.distill.datafree.makers import GeneratorMaker
+from fedkd.distill.datafree.makers import Adversary
 from fedkd.distill.datafree.pool import Pool
 from fedkd.distill.loop import Fit
 from fedkd.losses import absolute_error
@@ -50,24 +49,9 @@ class DFAD(Synthesizer):
 
     def start(self, guide: Guide, form: Form, pool: Pool) -> Maker:
         self.check(guide)
-        return _Adversary(
+        return Adversary(
             self, guide, form, pool, noise=self.noise, width=self.width, lr=self.generator_lr, anneal=self.anneal
         )
 
     def student_loss(self, said: Tensor, told: Tensor) -> Tensor:
         return absolute_error(said, told).mean()
-
-
-class _Adversary(GeneratorMaker):
-    settings: DFAD
-
-    def make(self, student: nn.Module) -> Tensor:
-        x: Tensor = self.generator(self.z())
-        self.learn(-self.settings.student_loss(student(x), self.guide(x)))
-        return x.detach()
-
-    def loss(self, student: nn.Module, batch_size: int) -> Tensor:
-        with torch.no_grad():
-            x = self.generator(self.z(batch_size))
-            told = self.guide(x)
-        return self.settings.student_loss(student(x), told)

@@ -63,6 +63,7 @@ class DataFree:
         self.guide.to(device)
         with _seeded(seed, device, self.dtype, "start"):
             self.maker: Maker = method.start(guide, form, self.pool)
+        self.maker.student_batch = self.how.batch_size
         self.log: list[Epoch] = []
 
     def run(self, *, checkpoint: Path | None = None, watch: Callable[[Epoch], None] | None = None) -> list[Epoch]:

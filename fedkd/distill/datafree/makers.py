@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkd.distill.datafree.base import Form, Maker, Synthesizer, divergence
 from fedkd.distill.datafree.generators import generator
@@ -57,6 +58,47 @@ class GeneratorMaker(Maker):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+class Adversary(GeneratorMaker):
+    """Raises by one step of the generator what the student, on fresh inputs for every step, brings down."""
+
+    def make(self, student: nn.Module) -> Tensor:
+        x: Tensor = self.generator(self.z())
+        self.learn(-self.settings.student_loss(student(x), self.guide(x)))
+        return x.detach()
+
+    def loss(self, student: nn.Module, batch_size: int) -> Tensor:
+        with torch.no_grad():
+            x = self.generator(self.z(batch_size))
+            told = self.guide(x)
+        return self.settings.student_loss(student(x), told)
+
+
+class Asker(Maker):
+    """A maker that asks the teacher about every input once, and keeps the answers beside the pool for the student.
+
+    The pool's limit is that of the memory: beyond it the oldest inputs, and their answers, give way.
+    """
+
+    def __init__(self, settings: Synthesizer, guide: Guide, form: Form, pool: Pool) -> None:
+        super().__init__(settings, guide, form, pool)
+        self.extra = {"told": torch.zeros(0, form.classes)}
+
+    @abstractmethod
+    def fresh(self, student: nn.Module) -> Tensor:
+        """Return new inputs [B, *shape] that no query has been spent on."""
+
+    def make(self, student: nn.Module) -> Tensor:
+        x = self.fresh(student).detach()
+        with torch.no_grad():
+            told = self.guide(x)
+        self.extra["told"] = torch.cat([self.extra["told"].to(told), told])[-self.pool.limit :]
+        return x
+
+    def loss(self, student: nn.Module, batch_size: int) -> Tensor:
+        index = self.pool.pick(batch_size)
+        return self.settings.student_loss(student(self.pool.x[index]), self.extra["told"][index])
 
 
 @dataclass(frozen=True, kw_only=True)

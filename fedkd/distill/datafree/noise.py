@@ -38,16 +38,23 @@ class Noise(Synthesizer):
         self.check(guide)
         return _Noise(self, guide, form, pool)
 
+    def queries_per_epoch(self, fit: Fit) -> int:
+        first = self.batch_size if self.student_steps else 0
+        return self.makes_per_epoch * (first + max(self.student_steps - 1, 0) * fit.batch_size)
+
     def student_loss(self, said: Tensor, told: Tensor) -> Tensor:
         return self.temperature**2 * divergence(told, said, self.temperature).mean()
 
 
 class _Noise(Maker):
     def make(self, student: nn.Module) -> Tensor:
-        return self.form.noise(self.settings.batch_size)
+        self.x = self.form.noise(self.settings.batch_size)
+        return self.x
 
     def loss(self, student: nn.Module, batch_size: int) -> Tensor:
-        x = self.form.noise(batch_size)
+        # The first step learns on what the pool may keep: else the pool's answers would cost queries of their own.
+        x = self.x if len(self.x) else self.form.noise(batch_size)
+        self.x = self.none()
         with torch.no_grad():
             told = self.guide(x)
         return self.settings.student_loss(student(x), told)

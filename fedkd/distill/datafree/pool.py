@@ -15,7 +15,7 @@ from fedkd.storage import write_atomic
 class Pool:
     """Keeps inputs [N, *shape]; when ``limit`` is reached, the oldest give way.
 
-    ``draw`` uses torch's global stream, as makers do.
+    ``pick`` and ``draw`` use torch's global stream, as makers do.
     """
 
     def __init__(self, limit: int) -> None:

@@ -130,6 +130,8 @@ SMALL = {
     "zskt": {"makes_per_epoch": 2, "width": 4, "noise": 6, "layers": ["body.2"]},
     "deepinversion": {"steps": 3},
     "cmi": {"steps": 3, "width": 4, "noise": 6, "head": 5, "bank": 12, "others": 6},
+    "dfme": {"makes_per_epoch": 2, "width": 4, "noise": 6},
+    "ideal": {"steps": 2, "width": 4, "noise": 6},
     "fast": {"steps": 2, "width": 4, "noise": 6, "warmup": 0.3},
     "dense": {"steps": 2, "width": 4, "noise": 6},
 }
