@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkd.algorithms.oneshot import OneShot
-from fedkd.distill.datafree import Form, Guide, Maker, Pool, divergence, generator, renew
-from fedkd.distill.datafree.makers import Best, Inverter, labels
+from fedkd.distill.datafree import Form, Guide, Maker, Pool, divergence
+from fedkd.distill.datafree.makers import BatchMaker, Inverter, labels
 from fedkd.distill.loop import Fit
 from fedkd.errors import ConfigError
 
@@ -53,7 +53,7 @@ class Boundary(Inverter):
 
     def start(self, guide: Guide, form: Form, pool: Pool) -> Maker:
         self.check(guide)
-        return _Boundary(self, guide, form, pool)
+        return _Boundary(self, guide, form, pool, noise=self.noise, width=self.width, lr=self.lr, steps=self.steps)
 
     def check(self, guide: Guide) -> None:
         if not self.statistics and guide.differentiable:
@@ -70,36 +70,23 @@ def boundary(told: Tensor, said: Tensor) -> Tensor:
     return (apart * divergence(told, said)).mean()
 
 
-class _Boundary(Maker):
+class _Boundary(BatchMaker):
     settings: Boundary
 
-    def __init__(self, settings: Boundary, guide: Guide, form: Form, pool: Pool) -> None:
-        super().__init__(settings, guide, form, pool)
-        self.generator = generator(form, settings.noise, settings.width)
-        self.extra = {"told": torch.zeros(0, form.classes)}
-
     def make(self, student: nn.Module) -> Tensor:
-        how, best = self.settings, Best()
-        renew(self.generator)
-        z = torch.randn(how.batch_size, how.noise).requires_grad_(True)
+        how = self.settings
         y = labels(how.batch_size, self.form.classes)
-        optimizer = torch.optim.Adam([*self.generator.parameters(), z], how.lr, betas=(0.5, 0.999))
         with self.guide.statistics(how.name) if how.statistics else contextlib.nullcontext() as watch:
-            for _ in range(how.steps):
-                x = self.generator(z)
+
+            def objective(x: Tensor) -> tuple[Tensor, Tensor]:
                 told = self.guide(x)
                 loss = F.cross_entropy(told, y) - how.adversarial * boundary(told, student(x))
-                if watch is not None:
-                    loss = loss + how.statistics * watch.take()
-                best.see(loss, x, told)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        self.extra["told"] = torch.cat([self.extra["told"], best.kept[1]])[-self.pool.limit :]
-        return best.kept[0]
+                return loss if watch is None else loss + how.statistics * watch.take(), told
 
-    def student_steps(self) -> int:
-        return self.settings.student_steps or -(-len(self.pool) // self.settings.batch_size)
+            x, told = self.invert(objective)
+        before = self.extra.get("told", told[:0])
+        self.extra["told"] = torch.cat([before, told])[-self.pool.limit :]  # in the order of the pool
+        return x
 
     def loss(self, student: nn.Module, batch_size: int) -> Tensor:
         index = self.pool.pick(min(batch_size, len(self.pool)))

@@ -41,6 +41,7 @@ _BRIEF = {"epochs": 2, "batch_size": 8, "make": {"steps": 2, "batch_size": 8, "w
 OWN: dict[str, dict[str, Any]] = {
     "selective_fd": {"tau": 2.0},
     "dense": merged(_BRIEF, {"make": {"statistics": 0.0}}),
+    "co_boosting": _BRIEF,
 }
 """Parameters for short runs: without them one would leave out what a method is about, or take minutes."""
 

@@ -21,6 +21,7 @@ METHODS: Mapping[str, str] = {
     "ideal": "fedkd.distill.datafree.ideal:IDEAL",
     "noise": "fedkd.distill.datafree.noise:Noise",
     "dense": "fedkd.algorithms.dense:Boundary",
+    "co_boosting": "fedkd.algorithms.co_boosting:Boosting",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.distill.datafree.base import Form, Maker, Synthesizer, divergence
-from fedkd.distill.datafree.generators import generator
+from fedkd.distill.datafree.generators import generator, renew
 from fedkd.distill.datafree.guides import Guide
 from fedkd.distill.datafree.pool import Pool
 
@@ -127,6 +128,55 @@ class Best:
         value = float(loss.detach())
         if not self.kept or value < self.loss:
             self.loss, self.kept = value, tuple(t.detach().clone() for t in tensors)
+
+
+class BatchMaker(Maker):
+    """A maker of whole batches, each by a fresh generator and its noise, which learn together by Adam.
+
+    Args:
+        noise: width Z of z.
+        width: of the generator.
+        lr: of Adam.
+        steps: of Adam per batch.
+    """
+
+    def __init__(
+        self,
+        settings: Synthesizer,
+        guide: Guide,
+        form: Form,
+        pool: Pool,
+        *,
+        noise: int,
+        width: int,
+        lr: float,
+        steps: int,
+    ) -> None:
+        super().__init__(settings, guide, form, pool)
+        self.noise, self.lr, self.steps = noise, lr, steps
+        self.generator = generator(form, noise, width)
+
+    def invert(self, objective: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        """Return the inputs [B, *shape] of the least loss, and what came with them.
+
+        ``objective``: inputs -> the loss, and what is to be remembered of them.
+        """
+        renew(self.generator)
+        z = torch.randn(self.settings.batch_size, self.noise).requires_grad_(True)
+        optimizer = torch.optim.Adam([*self.generator.parameters(), z], self.lr, betas=(0.5, 0.999))
+        best = Best()
+        for _ in range(self.steps):
+            x = self.generator(z)
+            loss, beside = objective(x)
+            best.see(loss, x, beside)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return best.kept
+
+    def student_steps(self) -> int:
+        """Return the method's own number; where that is 0, one pass over the pool in batches as large as those made."""
+        return self.settings.student_steps or -(-len(self.pool) // self.settings.batch_size)
 
 
 def labels(count: int, classes: int) -> Tensor:

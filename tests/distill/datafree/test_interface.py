@@ -134,6 +134,7 @@ SMALL = {
     "ideal": {"steps": 2, "width": 4, "noise": 6},
     "fast": {"steps": 2, "width": 4, "noise": 6, "warmup": 0.3},
     "dense": {"steps": 2, "width": 4, "noise": 6},
+    "co_boosting": {"steps": 2, "width": 4, "noise": 6},
 }
 
 
