@@ -23,13 +23,12 @@ import contextlib
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkd.algorithms.oneshot import OneShot
 from fedkd.distill.datafree import Form, Guide, Maker, Pool, divergence
-from fedkd.distill.datafree.makers import BatchMaker, Inverter, labels
+from fedkd.distill.datafree.makers import Asker, BatchMaker, Inverter, labels
 from fedkd.distill.loop import Fit
 from fedkd.errors import ConfigError
 
@@ -70,10 +69,10 @@ def boundary(told: Tensor, said: Tensor) -> Tensor:
     return (apart * divergence(told, said)).mean()
 
 
-class _Boundary(BatchMaker):
+class _Boundary(BatchMaker, Asker):
     settings: Boundary
 
-    def make(self, student: nn.Module) -> Tensor:
+    def fresh(self, student: nn.Module) -> Tensor:
         how = self.settings
         y = labels(how.batch_size, self.form.classes)
         with self.guide.statistics(how.name) if how.statistics else contextlib.nullcontext() as watch:
@@ -83,14 +82,7 @@ class _Boundary(BatchMaker):
                 loss = F.cross_entropy(told, y) - how.adversarial * boundary(told, student(x))
                 return loss if watch is None else loss + how.statistics * watch.take(), told
 
-            x, told = self.invert(objective)
-        before = self.extra.get("told", told[:0])
-        self.extra["told"] = torch.cat([before, told])[-self.pool.limit :]  # in the order of the pool
-        return x
-
-    def loss(self, student: nn.Module, batch_size: int) -> Tensor:
-        index = self.pool.pick(min(batch_size, len(self.pool)))
-        return self.settings.student_loss(student(self.pool.x[index]), self.extra["told"][index])
+            return self.invert(objective)[0]
 
 
 @final
