@@ -3,11 +3,15 @@
 A perceptron of 12 hidden units is taught on 1,000 MNIST images by perceptrons of 32 to 1,024 hidden units that were trained
 on 10,000, by KD (T = 4), DIST, LSKD, and KD through the assistants that ``--assistants auto`` makes up. Mirzadeh et al.
 (AAAI 2020), figure 2, find the student's accuracy falling again when the teacher grows too large.
+
+A picture is drawn beside the figures, student accuracy against teacher size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -67,7 +71,47 @@ def main(argv: Sequence[str] | None = None) -> None:
                 above = learn(name, above, TERMS["KD"], f"assistant {i}")
             last = learn(student_name, above, TERMS["KD"])
             report.add(f"{width}, chain", accuracy=accuracy(last, test), teacher=best, assistants=len(names))
-    report.write(words.json)
+    draw(report.write(words.json), words.json.with_suffix(".svg"))
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Draw student accuracy against teacher size, mean and sample deviation over seeds, as SVG."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = found["rows"]
+    # A fixed salt and no date: the same figures give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "fedkd", "svg.fonttype": "none", "font.size": 10}):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        styles = {"KD": ("o", "#0072b2"), "DIST": ("s", "#d55e00"), "LSKD": ("^", "#009e73"), "chain": ("D", "#cc79a7")}
+        for place, (way, (marker, colour)) in enumerate(styles.items()):
+            here = [row for row in rows if row.endswith(f", {way}")]
+            # A hair apart, so that bars do not cover each other.
+            widths = [float(row.split(",")[0]) * 1.03 ** (place - 1.5) for row in here]
+            values = [rows[row]["accuracy"] for row in here]
+            axes.errorbar(
+                widths,
+                [100 * v["mean"] for v in values],
+                yerr=[100 * (v["std"] or 0.0) for v in values],
+                marker=marker,
+                color=colour,
+                capsize=3,
+                label="KD through assistants" if way == "chain" else way,
+            )
+        alone = rows[found["base"]]["accuracy"]
+        axes.axhline(100 * alone["mean"], color="#4a5159", linestyle="--", label=found["base"])
+        axes.set_xscale("log", base=2)
+        ticks = [int(row.split(",")[0]) for row in rows if row.endswith(", KD")]
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.set_xlabel("hidden units of the teacher (the student has 12)")
+        axes.set_ylabel("student right in %")
+        axes.grid(True, alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
