@@ -74,6 +74,8 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
         if accuracy.get(name) is not None:
             count = size["student" if name == "alone" else name]
             said = "" if count is None else f"  ({count:,} parameters)"
+            if summary["metric"] != "accuracy":
+                said = f" {summary['metric']}{said}"
             lines.append((name if name != "alone" else "student alone", f"{100 * accuracy[name]:.2f} %{said}"))
     for helper in summary.get("assistants", ()):
         said = "" if helper["accuracy"] is None else f"{100 * helper['accuracy']:.2f} %  "

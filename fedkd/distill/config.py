@@ -111,6 +111,17 @@ class OnlineConfig(Section):
         return self
 
 
+class ScenesConfig(Section):
+    """Scenes of the images of `data`, scattered on a canvas, to segment or to detect in: see `fedkd.data.scenes`."""
+
+    task: Literal["segment", "detect"] = Field("segment", description="Classes of pixels, or boxes with classes.")
+    canvas: int = Field(48, ge=16, multiple_of=8, description="Side of a scene in pixels.")
+    most: int = Field(3, ge=1, description="Images in a scene, at most.")
+    teacher: int = Field(600, ge=2, description="Scenes that a teacher is trained on, if it is trained here.")
+    student: int = Field(150, ge=2, description="Scenes that the student learns on.")
+    test: int = Field(300, ge=1, description="Scenes that they are measured on, of test images.")
+
+
 class DistillExperiment(Section):
     """A student learns from a teacher. `fedkd distill X.yaml key=value ...`."""
 
@@ -137,6 +148,12 @@ class DistillExperiment(Section):
         description="Unlabelled inputs that the student learns on, instead of records of `data`: a folder of images, or "
         "an .npz file with an array `x`. `data=FOLDER` says the same.",
     )
+    partner: DataConfig | None = Field(
+        None,
+        description="The teacher's kind of input, such as images beside sounds: each record of `data` gets a random one "
+        "of its class for partner, which the teacher sees.",
+    )
+    scenes: ScenesConfig | None = Field(None, description="Segment or detect in scenes of the images of `data`.")
     omit: tuple[int, ...] = Field((), description="Classes left out of what the student sees (Hinton's omitted digit).")
     labels: bool = Field(True, description="False: the student's records have no labels, the teacher's must do.")
     teacher: tuple[TeacherConfig, ...] = Field((TeacherConfig(model="mlp(hidden=[400, 400])"),), min_length=1)
@@ -151,7 +168,9 @@ class DistillExperiment(Section):
         None, description="The student learns without a teacher, by labels and by its own branches or peers."
     )
     terms: tuple[TermConfig, ...] = Field(
-        (), description="Addends of the loss; default: .1 ce + .9 kd, and kd alone where there are no labels."
+        (),
+        description="Addends of the loss; default: .1 ce + .9 kd, kd alone where there are no labels, and for scenes "
+        "pixel_ce + pixel_kd + cwd or detection + fpn + head.",
     )
     training: FitConfig = FitConfig()
     alone: bool = Field(True, description="Also train the same student without a teacher, for comparison.")
@@ -192,6 +211,15 @@ class DistillExperiment(Section):
             raise ConfigError(
                 "`online` brings its own loss and needs labels: leave out method, terms, assistants, inputs"
             )
+        special = "partner" if self.partner is not None else "scenes"
+        if self.partner is not None or self.scenes is not None:
+            if self.data is None or not self.labelled or self.online is not None or self.assistants or self.omit:
+                raise ConfigError(
+                    f"`{special}` needs labelled `data` and a teacher of its own kind: leave out method, inputs, online, "
+                    "assistants, omit and labels=false"
+                )
+            if self.partner is not None and self.scenes is not None:
+                raise ConfigError("scenes have no partners: give `partner` or `scenes`, not both")
         if self.method is not None and self.assistants:
             raise ConfigError("`method` teaches the student alone: leave out assistants")
         if self.data is None and self.method is None and self.inputs is None:
@@ -218,6 +246,10 @@ class DistillExperiment(Section):
         """The terms, the default ones if none are given."""
         if self.terms:
             return self.terms
+        if self.scenes is not None and self.scenes.task == "segment":
+            return (TermConfig(loss="pixel_ce"), TermConfig(loss="pixel_kd"), TermConfig(loss="cwd", student="head"))
+        if self.scenes is not None:
+            return (TermConfig(loss="detection"), TermConfig(loss="fpn", student="body"), TermConfig(loss="head"))
         kd = TermConfig(loss="kd", weight=0.9 if self.labelled else 1.0)
         return (TermConfig(loss="ce", weight=0.1), kd) if self.labelled else (kd,)
 

@@ -13,22 +13,24 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedkd.data import DataConfig
 from fedkd.data import load as load_data
 from fedkd.data.dataset import Dataset
 from fedkd.distill.assistants import between
 from fedkd.distill.cache import data_identity
-from fedkd.distill.config import DistillExperiment, FitConfig, OnlineConfig, TeacherConfig
+from fedkd.distill.config import DistillExperiment, FitConfig, OnlineConfig, ScenesConfig, TeacherConfig
+from fedkd.distill.crossmodal import Pairs, pairs, partners
 from fedkd.distill.distiller import Distiller, accuracy
 from fedkd.distill.inputs import unlabelled
 from fedkd.distill.loop import FEED, Epoch, Fit, Records, still
+from fedkd.distill.tasks import Classify, Detect, Segment, drawn
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, Teacher, load_teacher, read_note
 from fedkd.distill.terms import Term
 from fedkd.errors import ConfigError
 from fedkd.experiment import build, read_yaml
 from fedkd.hardware import device
-from fedkd.losses import KD, CrossEntropy
-from fedkd.models import Architecture
-from fedkd.seeding import key
+from fedkd.losses import KD
+from fedkd.seeding import key, numpy_rng
 from fedkd.simulate import git_revision, versions
 from fedkd.storage import StorageError, pack_tensors, read_bundle, write_atomic, write_json
 
@@ -80,14 +82,17 @@ class _Work:
     def __init__(self, experiment: DistillExperiment, folder: Path, watch: Watch | None) -> None:
         self.experiment, self.folder, self.watch = experiment, folder, watch
         self.full: Records | None = None
-        self.test: Records | None = None
-        self.class_names: tuple[str, ...] = ()
         self.train: Records | None = None
+        self.pairs: Pairs | None = None
+        self.class_names: tuple[str, ...] = ()
         self.bounds: tuple[float, float] | None = None
         # A teacher that is there already tells the form of inputs that nobody described.
         told = experiment.inputs is not None or experiment.data is None
         self.ready = [self._found(config) for config in experiment.teacher] if told else []
-        if not told:
+        self.task: Classify | Segment | Detect
+        if experiment.scenes is not None:
+            self._scenes(experiment.scenes)
+        elif not told:
             self._labelled()
         else:
             form = next((t.shape for t in self.ready if t is not None and t.shape is not None), None)
@@ -96,28 +101,57 @@ class _Work:
                 form = tuple(self.train.x(np.zeros(1, np.int64)).shape[1:])
             if form is None:
                 raise ConfigError("the teacher does not say what shape its inputs have: give labelled `data` beside it")
-            self.shape = form
-            self.classes = next(t.classes for t in self.ready if t is not None)
-            self.bounds = _bounds_told(experiment.teacher, self.shape)
+            self.task = Classify(form, next(t.classes for t in self.ready if t is not None))
+            self.bounds = _bounds_told(experiment.teacher, form)
+        self.teaching = self.task
+        if experiment.partner is not None:
+            self._paired(experiment.partner)
         if experiment.method is not None:
             self.train = None
         # Built before anything is trained, so that a wrong name costs nothing.
-        self.student = self._model(experiment.student, "student")
+        self.student = self._model(self.task, experiment.student, "student")
 
     def _labelled(self) -> None:
         experiment = self.experiment
         assert experiment.data is not None
         split = load_data(experiment.data, experiment.seed)
-        self.shape, self.classes = split.train.shape, split.train.classes
+        self.task = Classify(split.train.shape, split.train.classes, records(split.test))
         self.class_names = split.train.class_names
-        if any(c >= self.classes for c in experiment.omit):
-            raise ConfigError(f"omit names class {max(experiment.omit)}, the data have classes 0 to {self.classes - 1}")
+        if any(c >= self.task.classes for c in experiment.omit):
+            raise ConfigError(
+                f"omit names class {max(experiment.omit)}, the data have classes 0 to {self.task.classes - 1}"
+            )
         self.bounds = split.train.bounds
-        self.full, self.test = records(split.train), records(split.test)
+        self.full = records(split.train)
         seen = np.flatnonzero(~np.isin(split.train.y, experiment.omit))
         self.train = records(split.train.select(seen)) if experiment.omit else self.full
         if not experiment.labels:
             self.train = Records(size=self.train.size, x=self.train.x, identity=self.train.identity)
+
+    def _scenes(self, config: ScenesConfig) -> None:
+        experiment = self.experiment
+        assert experiment.data is not None
+        split = load_data(experiment.data, experiment.seed)
+        counts = config.teacher, config.student, config.test
+        full, train, test = drawn(split, config.canvas, counts, experiment.seed, config.most)
+        kind, shape = (Segment if config.task == "segment" else Detect), (1, config.canvas, config.canvas)
+        self.task = kind(shape, split.train.classes + (config.task == "segment"), test)
+        self.full, self.train = kind.records(full), kind.records(train)
+
+    def _paired(self, config: DataConfig) -> None:
+        """Give every record of the student a partner of the teacher's kind and of its class."""
+        split = load_data(config, self.experiment.seed)
+        if split.train.classes != self.task.classes:
+            raise ConfigError(
+                f"data have {self.task.classes} classes, partner has {split.train.classes}: classes are what pairs them"
+            )
+        assert self.train is not None and self.train.y is not None
+        self.teaching = Classify(split.train.shape, split.train.classes, records(split.test))
+        self.full = records(split.train)
+        assert self.full.y is not None
+        there = partners(self.train.y, self.full.y, numpy_rng(self.experiment.seed, "partners"))
+        own = self.train.x(np.arange(self.train.size))
+        self.pairs = pairs(own, self.full.x(there), self.train.y)
 
     def run(self) -> Distilled:
         began = time.perf_counter(), time.process_time()
@@ -127,22 +161,20 @@ class _Work:
         teachers = [self._teacher(i, config) for i, config in enumerate(experiment.teacher)]
         members = [(t, c.weight) for t, c in zip(teachers, experiment.teacher, strict=True)]
         teacher: Teacher = teachers[0] if len(teachers) == 1 else EnsembleTeacher(members, experiment.mix)
+        measured = self.teaching.score(teacher), self._by_class(teacher, self.teaching)
+        if self.pairs is not None:
+            members = [(self._side(t, self.pairs), w) for t, w in members]
+            teacher = members[0][0] if len(members) == 1 else EnsembleTeacher(members, experiment.mix)
         seen, log, beside = self._distil(teacher) if experiment.method is None else self._make(teacher)
         summary = {
             "schema": 1,
             "kind": "distill",
             "name": experiment.name,
             "seed": experiment.seed,
-            "accuracy": {
-                "student": self._accuracy(self.student),
-                "teacher": self._accuracy(teacher),
-                "alone": None,
-            },
-            "agreement": agreement(self.student, teacher, seen),
-            "accuracy_by_class": {
-                "student": self._by_class(self.student),
-                "teacher": self._by_class(teacher),
-            },
+            "metric": self.task.metric,
+            "accuracy": {"student": self.task.score(self.student), "teacher": measured[0], "alone": None},
+            "agreement": None if experiment.scenes else agreement(self._seeing(self.student), teacher, seen),
+            "accuracy_by_class": {"student": self._by_class(self.student, self.task), "teacher": measured[1]},
             "parameters": {"student": _size(self.student), "teacher": _teacher_size(teachers)},
             "log": [vars(e) for e in log],
             **beside,
@@ -156,19 +188,19 @@ class _Work:
         """Train the same student on labels alone, for comparison."""
         experiment = self.experiment
         if experiment.alone and self.train is not None and self.train.y is not None:
-            alone = self._model(experiment.student, "student")
+            alone = self._model(self.task, experiment.student, "student")
             lonely = Distiller(
-                alone, None, [Term(CrossEntropy(), 1.0)], fit=experiment.training.fit, seed=experiment.seed
+                alone, None, [Term(self.task.labels, 1.0)], fit=experiment.training.fit, seed=experiment.seed
             )
             self._fit(lonely, self.train, "alone", experiment.training)
-            summary["accuracy"]["alone"] = self._accuracy(alone)
-            summary["accuracy_by_class"]["alone"] = self._by_class(alone)
+            summary["accuracy"]["alone"] = self.task.score(alone)
+            summary["accuracy_by_class"]["alone"] = self._by_class(alone, self.task)
 
     def _finished(self, summary: dict[str, Any], began: tuple[float, float]) -> Distilled:
         """Keep the student and the summary; ``began``: seconds by the clock and of the processor."""
         summary |= {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
         summary |= {"versions": versions(), "git_revision": git_revision()}
-        self._keep(self.student, self.experiment.student, self.folder / STUDENT)
+        self._keep(self.student, self.experiment.student, self.folder / STUDENT, self.task)
         write_json(self.folder / SUMMARY, summary)
         return Distilled(self.folder, summary)
 
@@ -197,10 +229,11 @@ class _Work:
             "kind": "distill",
             "name": experiment.name,
             "seed": experiment.seed,
-            "accuracy": {"student": self._accuracy(self.student), "teacher": None, "alone": None},
-            "members": [self._accuracy(member) for member in taught.members],
+            "metric": self.task.metric,
+            "accuracy": {"student": self.task.score(self.student), "teacher": None, "alone": None},
+            "members": [self.task.score(member) for member in taught.members],
             "agreement": None,
-            "accuracy_by_class": {"student": self._by_class(self.student)},
+            "accuracy_by_class": {"student": self._by_class(self.student, self.task)},
             "parameters": {"student": _size(self.student), "teacher": None},
             "log": [vars(e) for e in taught.log],
         }
@@ -215,17 +248,29 @@ class _Work:
         helpers = []
         for i, name in enumerate(self._assistants(teacher)):
             teacher = self._assistant(i, name, teacher, cache)
-            helpers.append({"model": name, "parameters": _teacher_size([teacher]), "accuracy": self._accuracy(teacher)})
+            helpers.append(
+                {"model": name, "parameters": _teacher_size([teacher]), "accuracy": self.task.score(teacher)}
+            )
+        terms, seen = [t.term for t in experiment.chosen], self.train
+        if self.pairs is not None:
+            terms, seen = [t.below("inner") for t in terms], self.pairs.records
         distiller = Distiller(
-            self.student,
-            teacher,
-            [t.term for t in experiment.chosen],
-            fit=experiment.training.fit,
-            seed=experiment.seed,
-            cache=cache,
+            self._seeing(self.student), teacher, terms, fit=experiment.training.fit, seed=experiment.seed, cache=cache
         )
-        self._fit(distiller, self.train, "student", experiment.training)
-        return self.train, distiller.log, {"assistants": helpers}
+        self._fit(distiller, seen, "student", experiment.training)
+        return seen, distiller.log, {"assistants": helpers}
+
+    def _seeing(self, student: nn.Module) -> nn.Module:
+        """Return the student as it sees the records of the training."""
+        return student if self.pairs is None else self.pairs.student(student)
+
+    def _side(self, teacher: Teacher, joined: Pairs) -> Teacher:
+        if not isinstance(teacher, ModuleTeacher):
+            raise ConfigError(
+                f"partner needs teachers that are torch models, which a {type(teacher).__name__} is not: it could not be "
+                "shown its side of a pair"
+            )
+        return ModuleTeacher(joined.teacher(teacher.module), teacher.classes)
 
     def _assistants(self, teacher: Teacher) -> list[str]:
         """Return the names of the nets between teacher and student, from large to small."""
@@ -238,13 +283,13 @@ class _Work:
                 "assistants=auto needs one teacher whose size is known, a torch model: name the assistants"
             )
         named = self.experiment.teacher[0].model
-        return between(size if named is None else named, self.experiment.student, self.shape, self.classes)
+        return between(size if named is None else named, self.experiment.student, self.task.shape, self.task.classes)
 
     def _assistant(self, place: int, name: str, teacher: Teacher, cache: Path | None) -> Teacher:
         """Train one net of a chain by what its teacher answers; layers are compared at the student alone."""
         assert self.train is not None
         experiment, stage = self.experiment, f"assistant {place + 1}"
-        model = self._model(name, stage)
+        model = self._model(self.task, name, stage)
         terms = [t.term for t in experiment.chosen if t.term.loss.reads != "features"]
         if all(t.loss.reads == "labels" for t in terms):
             terms.append(Term(KD(), 0.9 if terms else 1.0))
@@ -257,8 +302,8 @@ class _Work:
             cache=cache,
         )
         self._fit(distiller, self.train, stage, experiment.training)
-        self._keep(model, name, self.folder / f"assistant-{place + 1}.safetensors")
-        return ModuleTeacher(model, self.classes, self.shape)
+        self._keep(model, name, self.folder / f"assistant-{place + 1}.safetensors", self.task)
+        return ModuleTeacher(model, self.task.classes, self.task.shape)
 
     def _make(self, teacher: Teacher) -> tuple[Records, list[Epoch], dict[str, Any]]:
         """Teach on inputs that are made from the teacher, keep those, and return them, the log, and the summary's part."""
@@ -271,7 +316,7 @@ class _Work:
             self.bounds if experiment.bounds == "auto" else None if experiment.bounds == "none" else experiment.bounds
         )
         low, high = bounds if bounds is not None else (None, None)
-        form = Form(shape=self.shape, classes=self.classes, low=low, high=high)
+        form = Form(shape=self.task.shape, classes=self.task.classes, low=low, high=high)
         asked = guide(teacher)
         work = DataFree(
             self.student,
@@ -291,7 +336,7 @@ class _Work:
         x = work.pool.x.cpu()
         told = torch.cat([teacher.logits(part) for part in x.split(FEED)])
         work.pool.save(self.folder / POOL, told)
-        share = torch.bincount(told.argmax(1), minlength=self.classes) / len(told)
+        share = torch.bincount(told.argmax(1), minlength=self.task.classes) / len(told)
         beside = {
             "method": experiment.method,
             "queries": queries,
@@ -317,25 +362,26 @@ class _Work:
     def _teacher(self, place: int, config: TeacherConfig) -> Teacher:
         found = self.ready[place] if self.ready else self._found(config)
         if found is not None:
-            if found.classes != self.classes or (found.shape is not None and found.shape != self.shape):
+            task = self.teaching
+            if found.classes != task.classes or (found.shape is not None and found.shape != task.shape):
                 raise ConfigError(
                     f"the teacher takes inputs {list(found.shape or ())} and knows {found.classes} classes, the data have "
-                    f"{list(self.shape)} and {self.classes}"
+                    f"{list(task.shape)} and {task.classes}"
                 )
             return found
         assert config.model is not None and self.full is not None
         stage = f"teacher {place + 1}"
-        model = self._model(config.model, stage)
+        model = self._model(self.teaching, config.model, stage)
         trained = Distiller(
             model,
             None,
-            [Term(CrossEntropy(), 1.0)],
+            [Term(self.teaching.labels, 1.0)],
             fit=config.training.fit,
             seed=key(self.experiment.seed, stage) % 2**31,
         )
         self._fit(trained, self.full, stage, config.training)
-        self._keep(model, config.model, self.folder / f"teacher-{place + 1}.safetensors")
-        return ModuleTeacher(model, self.classes, self.shape)
+        self._keep(model, config.model, self.folder / f"teacher-{place + 1}.safetensors", self.teaching)
+        return ModuleTeacher(model, self.teaching.classes, self.teaching.shape)
 
     def _found(self, config: TeacherConfig) -> Teacher | None:
         """Return a teacher that is there already; None for one that is to be trained."""
@@ -346,13 +392,10 @@ class _Work:
         if config.path is None:
             return None
         # Of inputs without labels the teacher tells the form; labelled data have one that it must fit.
-        form = getattr(self, "shape", None), getattr(self, "classes", None)
-        return load_teacher(config.path, *form, config.model, config.gives)
-
-    def _accuracy(self, model: nn.Module | Teacher) -> float | None:
-        if self.test is None or (isinstance(model, Teacher) and model.priced):
-            return None
-        return accuracy(model, self.test)
+        task = getattr(self, "teaching", None)
+        if task is None:
+            return load_teacher(config.path, model=config.model, gives=config.gives)
+        return load_teacher(config.path, task.shape, task.classes, config.model, config.gives, task.make)
 
     def _fit(self, distiller: Distiller, data: Records, stage: str, how: FitConfig) -> None:
         distiller.fit(data, checkpoint=self._place(stage), watch=self._watcher(stage, how))
@@ -375,18 +418,16 @@ class _Work:
 
         return watch
 
-    def _model(self, name: str, stage: str) -> nn.Module:
-        architecture = Architecture(name, self.shape, self.classes, torch.float32)
-        if not architecture.gradients:
-            raise ConfigError(f"{stage} {name!r} is no torch model, so that it cannot be trained here")
-        return architecture.module(architecture.initial(key(self.experiment.seed, "initial", stage, name)))
+    def _model(self, task: Classify | Segment | Detect, name: str, stage: str) -> nn.Module:
+        return task.make(name, key(self.experiment.seed, "initial", stage, name))
 
-    def _by_class(self, model: nn.Module | Teacher) -> list[float | None]:
+    def _by_class(self, model: nn.Module | Teacher, task: Classify | Segment | Detect) -> list[float | None]:
         found: list[float | None] = []
-        if self.test is None or self.test.y is None or (isinstance(model, Teacher) and model.priced):
+        test = task.test
+        if not isinstance(test, Records) or test.y is None or (isinstance(model, Teacher) and model.priced):
             return found
-        test, labels = self.test, self.test.y.numpy()
-        for c in range(self.classes):
+        labels = test.y.numpy()
+        for c in range(task.classes):
             rows = np.flatnonzero(labels == c)
             if not len(rows):
                 found.append(None)
@@ -399,8 +440,8 @@ class _Work:
             found.append(accuracy(model, part))
         return found
 
-    def _keep(self, model: nn.Module, name: str, path: Path) -> None:
-        note = {"architecture": name, "shape": self.shape, "classes": self.classes, "class_names": self.class_names}
+    def _keep(self, model: nn.Module, name: str, path: Path, task: Classify | Segment | Detect) -> None:
+        note = {"architecture": name, "shape": task.shape, "classes": task.classes, "class_names": self.class_names}
         note |= {"bounds": self.bounds}
         write_atomic(path, pack_tensors(dict(model.state_dict()), {"fedkd": json.dumps(note)}))
 

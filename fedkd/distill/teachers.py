@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,12 +158,17 @@ def log_probabilities(probabilities: NDArray[np.floating], dtype: torch.dtype) -
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
+Make = Callable[[str, int], nn.Module]
+"""Name of a model and a seed -> the model, fresh: see :mod:`fedkd.distill.tasks`."""
+
+
 def load_teacher(
     path: Path,
     shape: tuple[int, ...] | None = None,
     classes: int | None = None,
     model: str | None = None,
     gives: Literal["logits", "probabilities"] = "logits",
+    make: Make | None = None,
 ) -> Teacher:
     """Read a teacher from a file, by its ending.
 
@@ -173,6 +178,7 @@ def load_teacher(
         shape, classes: what the data have, and the teacher must fit; None where the file tells.
         model: the architecture, where the file does not name it.
         gives: of an ONNX file.
+        make: makes the model by its name; None makes classifiers.
     Raises:
         ConfigError: the file is missing or damaged, names no model, says too little, or does not fit the data.
     """
@@ -187,8 +193,11 @@ def load_teacher(
                 f"{path} does not say what it takes and gives: the shape of one input and the number of classes must be "
                 "named beside it, by labelled `data` or by --shape and --classes"
             )
+        form = tuple(own_shape), int(own_classes)
+        if make is None or form != (shape, classes):
+            make = classifier(*form)
         weights = unpack_tensors(_bytes(path), str(path)) if ending == ".safetensors" else _pickled(path)
-        teacher = _module(weights, path, model or note.get("architecture"), tuple(own_shape), int(own_classes))
+        teacher = _module(weights, path, model or note.get("architecture"), *form, make)
     else:
         raise ConfigError(f"teacher {path}: expected a file ending in .safetensors, .onnx, .pt or .pth")
     if classes is not None and teacher.classes != classes:
@@ -222,13 +231,26 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def classifier(shape: tuple[int, ...], classes: int) -> Make:
+    """Return what makes classifiers of inputs [B, *shape]; it refuses a model that torch cannot train."""
+
+    def make(name: str, seed: int) -> nn.Module:
+        architecture = Architecture(name, shape, classes, torch.float32)
+        if not architecture.gradients:
+            raise ConfigError(f"{name!r} is no torch model, so that it can be neither trained nor loaded here")
+        return architecture.module(architecture.initial(seed))
+
+    return make
+
+
 def _module(
-    weights: dict[str, Tensor], path: Path, model: str | None, shape: tuple[int, ...], classes: int
+    weights: dict[str, Tensor], path: Path, model: str | None, shape: tuple[int, ...], classes: int, make: Make
 ) -> ModuleTeacher:
     if model is None:
         raise ConfigError(f"{path} does not say which model its weights belong to: name it with teacher.model")
+    module = make(model, 0)
     try:
-        module = Architecture(model, shape, classes, torch.float32).module(weights)
+        module.load_state_dict(weights)
     except RuntimeError as cause:
         raise ConfigError(f"the weights of {path} do not fit {model}: {' '.join(str(cause).split())[:300]}") from cause
     return ModuleTeacher(module, classes, shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -78,6 +78,11 @@ class Term:
     def teacher_paths(self) -> tuple[str, ...]:
         """The teacher's layers that are read."""
         return _paths(self.teacher) if self.teacher is not None else self.student_paths
+
+    def below(self, path: str) -> Term:
+        """Return the term for models that were put below ``path`` of others."""
+        student, teacher = (tuple(f"{path}.{p}" for p in paths) for paths in (self.student_paths, self.teacher_paths))
+        return replace(self, student=student or None, teacher=teacher or None)
 
     def factor(self, epoch: int) -> float:
         """Return the weight in ``epoch``."""

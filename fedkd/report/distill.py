@@ -57,8 +57,12 @@ def _headline(summary: dict[str, Any]) -> Section:
     for key, name in (("student", "Student"), ("teacher", "Teacher"), ("alone", "Student alone")):
         if accuracy.get(key) is not None:
             parameters = size.get("student" if key == "alone" else key)
-            entries.append((name, percent(accuracy[key]), counted(parameters, "parameter") if parameters else ""))
-    entries.append(("Agreement", percent(summary["agreement"]), "of the inputs learnt on"))
+            said = counted(parameters, "parameter") if parameters else ""
+            metric = summary.get("metric", "accuracy")
+            note = said if metric == "accuracy" else f"{metric}, {said}" if said else metric
+            entries.append((name, percent(accuracy[key]), note))
+    if summary["agreement"] is not None:
+        entries.append(("Agreement", percent(summary["agreement"]), "of the inputs learnt on"))
     if summary.get("queries") is not None:
         entries.append(("Queries", f"{summary['queries']:,}", "inputs that the teacher answered"))
     entries.append(("Time", duration(summary.get("seconds")), counted(len(summary["log"]), "epoch")))

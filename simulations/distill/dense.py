@@ -14,18 +14,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from torch import nn
 
 from fedkd.data import DataConfig, load
-from fedkd.data.scenes import Scenes, draw_scenes, targets
-from fedkd.distill import Distiller, Fit, Records, Term
+from fedkd.data.scenes import Scenes
+from fedkd.distill import Distiller, Fit, Term
 from fedkd.distill.dense import mean_ap, mean_iou
-from fedkd.losses.dense import ChannelWise, Detection, FeatureImitation, HeadDistillation, PixelCrossEntropy, PixelKD
-from fedkd.models import resolve
-from fedkd.models.dense import STRIDE
-from fedkd.seeding import key, numpy_rng
+from fedkd.distill.tasks import Detect, Segment, drawn
+from fedkd.losses.dense import ChannelWise, FeatureImitation, HeadDistillation, PixelKD
+from fedkd.seeding import key
 from simulations.distill.common import Report, options
 
 CANVAS = 48
@@ -53,32 +50,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = {"miou": "mIoU %"} if segment else {"map": "mAP %", "map_50": "mAP at IoU 0.5 %"}
     report = Report(f"dense {task}", settings, asked.seeds, columns, base="labels alone")
     rows = segmentation() if segment else detection()
-    label = PixelCrossEntropy() if segment else Detection()
+    kind = Segment if segment else Detect
     classes = DIGITS + 1 if segment else DIGITS
 
     def score(net: nn.Module, scenes: Scenes) -> dict[str, float]:
         return {"miou": mean_iou(net, scenes, classes)} if segment else mean_ap(net, scenes, classes)
 
-    def net(width: int, *stream: str | int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key("dense", task, width, *stream))
-            kind = "segmenter" if segment else "detector"
-            made: nn.Module = resolve(f"{kind}(width={width})")((1, CANVAS, CANVAS), classes)
-        return made
-
     def fit(length: int) -> Fit:
         return Fit(epochs=length, batch_size=20, optimizer="adam", lr=0.003, weight_decay=0.0, schedule="cosine")
 
+    split = load(DataConfig(source="digits" if small else "mnist"), 1)
     for seed in asked.seeds:
-        train, other, test = drawn(small, seed, counts)
-        teacher = net(16, seed)
-        Distiller(teacher, None, [Term(label, 1.0)], fit=fit(taught), seed=seed).fit(records(train, segment))
+        train, other, test = drawn(split, CANVAS, list(counts.values()), seed)
+        makes = kind((1, CANVAS, CANVAS), classes, test)
+        net = "segmenter" if segment else "detector"
+        label = Term(makes.labels, 1.0)
+        teacher = makes.make(f"{net}(width=16)", key("dense", task, "teacher", seed))
+        Distiller(teacher, None, [label], fit=fit(taught), seed=seed).fit(kind.records(train))
         report.add("(teacher)", **score(teacher, test))
         for name, terms in {"labels alone": [], **rows}.items():
-            student = net(4, "student", seed)
-            Distiller(student, teacher if terms else None, [Term(label, 1.0), *terms], fit=fit(epochs), seed=seed).fit(
-                records(other, segment)
-            )
+            student = makes.make(f"{net}(width=4)", key("dense", task, "student", seed))
+            learner = Distiller(student, teacher if terms else None, [label, *terms], fit=fit(epochs), seed=seed)
+            learner.fit(kind.records(other))
             report.add(name, **score(student, test))
     report.write(asked.json)
 
@@ -93,24 +86,6 @@ def detection() -> dict[str, list[Term]]:
     """Return the rows of detection, beside focal loss and IoU."""
     imitation, head = Term(FeatureImitation(), 1.0, student="body"), Term(HeadDistillation(), 1.0)
     return {"FPN imitation": [imitation], "head": [head], "FPN imitation + head": [imitation, head]}
-
-
-def records(scenes: Scenes, segment: bool) -> Records:
-    """Return scenes as training records of the task."""
-    if segment:
-        return Records.of(scenes.x, scenes.masks)
-    return Records.of(scenes.x, targets(scenes.boxes, scenes.digits, CANVAS // STRIDE, STRIDE))
-
-
-def drawn(small: bool, seed: int, counts: dict[str, int]) -> list[Scenes]:
-    """Return the scenes of teacher, student and test; training digits are never in test scenes."""
-    split = load(DataConfig(source="digits" if small else "mnist"), 1)
-    parts = []
-    for name, count in counts.items():
-        data = split.test if name == "test" else split.train
-        grey = np.asarray(data.inputs()[:, 0] * 255, np.uint8)
-        parts.append(draw_scenes(grey, data.y, count, numpy_rng("scenes", name, seed), canvas=CANVAS))
-    return parts
 
 
 if __name__ == "__main__":

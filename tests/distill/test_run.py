@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from fedkd.cli.main import app
 from fedkd.distill.config import load
 from fedkd.distill.run import resume, start
+from fedkd.distill.teachers import load_teacher
 from fedkd.errors import ConfigError
 
 
@@ -115,3 +118,40 @@ def test_a_student_without_a_teacher(tmp_path: Path) -> None:
         load(None, ["online={kind: dml}", "assistants=auto"])
     with pytest.raises(ConfigError, match=r"no layer 'body\.9'"):
         start(load(None, ["online={kind: one, stage: body.9}", "data.train_size=50"])[0][1], tmp_path / "wrong")
+
+
+TINY = "scenes={task: TASK, canvas: 32, most: 2, teacher: 10, student: 10, test: 4}"
+
+
+@pytest.mark.parametrize(("task", "net"), [("segment", "segmenter"), ("detect", "detector")])
+def test_maps_of_scenes_are_taught(task: str, net: str, tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    words = [TINY.replace("TASK", task), f"teacher={{model: '{net}(width=3)', training: {{epochs: 1}}}}"]
+    words += [f"student={net}(width=2)", "training.epochs=2", "training.batch_size=5"]
+    summary = start(load(None, words)[0][1], tmp_path / "run").summary
+    assert summary["metric"] == ("mean IoU" if task == "segment" else "mAP")
+    assert all(0 <= summary["accuracy"][who] <= 1 for who in ("student", "teacher", "alone"))
+    assert len(summary["log"][0]["terms"]) == 3 and summary["agreement"] is None
+    # What it taught can teach: the file says what it is.
+    words[1] = f"teacher={tmp_path}/run/student.safetensors"
+    again = start(load(None, [*words, "alone=false"])[0][1], tmp_path / "again").summary
+    assert again["accuracy"]["teacher"] == summary["accuracy"]["student"]
+    with pytest.raises(ConfigError, match="for a scene, expected"):
+        start(load(None, [*words[:2], "student=mlp"])[0][1], tmp_path / "wrong")
+    with pytest.raises(ConfigError, match="leave out"):
+        load(None, [*words, "assistants=auto"])
+
+
+def test_a_teacher_of_another_kind_of_input(tmp_path: Path) -> None:
+    """Digits stand for sounds, and their partners are of another shape."""
+    y = load_digits().target[:300]
+    x = np.kron(load_digits().images[:300] * 15, np.ones((2, 2))).astype(np.uint8)
+    np.savez(tmp_path / "large.npz", x=x[:, None], y=y)
+    words = [f"partner={{source: npz, path: {tmp_path}/large.npz}}", "data.train_size=200", "training.epochs=3"]
+    words += ["teacher={model: 'mlp(hidden=[16])', training: {epochs: 5}}", "student=mlp(hidden=[8])"]
+    words += ["terms=[{loss: ce}, {loss: kd}, {loss: infonce, student: body}]"]
+    summary = start(load(None, words)[0][1], tmp_path / "run").summary
+    assert set(summary["log"][0]["terms"]) == {"CrossEntropy", "KD", "InfoNCE(inner.body)"}
+    assert summary["accuracy"]["student"] > 0.2 and summary["accuracy"]["teacher"] > 0.5
+    assert load_teacher(tmp_path / "run/student.safetensors", (1, 8, 8), 10).classes == 10
+    assert load_teacher(tmp_path / "run/teacher-1.safetensors", (1, 16, 16), 10).classes == 10
