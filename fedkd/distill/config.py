@@ -111,6 +111,23 @@ class OnlineConfig(Section):
         return self
 
 
+class GraphConfig(Section):
+    """A graph: a net that sees its edges teaches a perceptron that does not. See `fedkd.graphs.taught`."""
+
+    path: Path = Field(description="An .npz file, or a folder of Planetoid's raw files.")
+    name: str = Field("cora", description="Which graph of a Planetoid folder.")
+    task: Literal["nodes", "links", "clusters"] = "nodes"
+    whole: bool = Field(
+        False, description="All parts and the split that came with the file; else the largest part, split by the seed."
+    )
+    per_class: int = Field(20, ge=1, description="nodes: of each class, whose labels are known.")
+    validation: int = Field(30, ge=1, description="nodes: of each class, that choose the epoch.")
+    positions: bool = Field(False, description="nodes: the student reads a node's place too (DeepWalk, NOSMOG).")
+    terms: dict[str, Any] = Field({}, description="nodes: weights of fedkd.graphs.GraphTerms; default: GLNN's.")
+    teach: dict[str, Any] = Field({}, description="Training of the teacher: fedkd.graphs.NodeFit, LinkFit, ClusterFit.")
+    learn: dict[str, Any] = Field({}, description="Training of the student, and the terms of links and clusters.")
+
+
 class ScenesConfig(Section):
     """Scenes of the images of `data`, scattered on a canvas, to segment or to detect in: see `fedkd.data.scenes`."""
 
@@ -153,6 +170,11 @@ class DistillExperiment(Section):
         description="The teacher's kind of input, such as images beside sounds: each record of `data` gets a random one "
         "of its class for partner, which the teacher sees.",
     )
+    graph: GraphConfig | None = Field(
+        None,
+        description="A graph in place of `data`: student=mlp(hidden=[128], dropout=0.6) without edges, "
+        "teacher=sage(hidden=[128]) or gcn(hidden=[64], dropout=0.8).",
+    )
     scenes: ScenesConfig | None = Field(None, description="Segment or detect in scenes of the images of `data`.")
     omit: tuple[int, ...] = Field((), description="Classes left out of what the student sees (Hinton's omitted digit).")
     labels: bool = Field(True, description="False: the student's records have no labels, the teacher's must do.")
@@ -183,6 +205,10 @@ class DistillExperiment(Section):
             return raw
         if raw.get("method") is not None:
             raw = _with_method(raw)
+        if raw.get("graph") is not None:
+            raw = {"student": "mlp(hidden=[128], dropout=0.6)", "teacher": "sage(hidden=[128])", "data": None, **raw}
+        if isinstance(raw.get("partner"), str):
+            raw = {**raw, "partner": {"source": raw["partner"]}}
         if not isinstance(raw.get("data"), str):
             return raw
         if raw["data"] == "none":
@@ -211,6 +237,30 @@ class DistillExperiment(Section):
             raise ConfigError(
                 "`online` brings its own loss and needs labels: leave out method, terms, assistants, inputs"
             )
+        if self.graph is not None:
+            if (
+                self.data is not None
+                or not self.labels
+                or len(self.teacher) > 1
+                or self.teacher[0].model is None
+                or any(
+                    (
+                        self.method,
+                        self.inputs,
+                        self.online,
+                        self.assistants,
+                        self.omit,
+                        self.terms,
+                        self.partner,
+                        self.scenes,
+                    )
+                )
+            ):
+                raise ConfigError(
+                    "`graph` brings data and terms of its own, and trains one teacher: leave out data, terms, method, "
+                    "inputs, online, assistants, omit, labels, partner and scenes"
+                )
+            return self
         special = "partner" if self.partner is not None else "scenes"
         if self.partner is not None or self.scenes is not None:
             if self.data is None or not self.labelled or self.online is not None or self.assistants or self.omit:

@@ -59,10 +59,10 @@ def start(experiment: DistillExperiment, folder: Path, watch: Watch | None = Non
     """
     if (folder / CONFIG).exists():
         raise ConfigError(f"{folder} holds a run already: go on with --resume, or choose another --out")
-    work = _Work(experiment, folder, watch)
+    work = _work(experiment, folder, watch)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / CONFIG, experiment.dump().encode())
-    return work.run()
+    return work()
 
 
 def resume(folder: Path, watch: Watch | None = None) -> Distilled:
@@ -75,7 +75,47 @@ def resume(folder: Path, watch: Watch | None = None) -> Distilled:
         raise ConfigError(f"{folder} holds no run: expected a {CONFIG} in it")
     if (folder / SUMMARY).is_file():
         return Distilled(folder, json.loads((folder / SUMMARY).read_text()))
-    return _Work(build(DistillExperiment, read_yaml(folder / CONFIG)), folder, watch).run()
+    return _work(build(DistillExperiment, read_yaml(folder / CONFIG)), folder, watch)()
+
+
+def _work(experiment: DistillExperiment, folder: Path, watch: Watch | None) -> Callable[[], Distilled]:
+    if experiment.graph is not None:
+        return lambda: _on_graph(experiment, folder)
+    return _Work(experiment, folder, watch).run
+
+
+def _on_graph(experiment: DistillExperiment, folder: Path) -> Distilled:
+    """Teach on a graph. These runs take seconds to minutes; one that was interrupted begins anew, with the same result."""
+    from fedkd.graphs.taught import METRICS, GraphWork, taught
+
+    began = time.perf_counter(), time.process_time()
+    config = experiment.graph
+    assert config is not None and experiment.teacher[0].model is not None
+    work = GraphWork(**dict(config))
+    found = taught(work, experiment.student, experiment.teacher[0].model, experiment.seed, experiment.alone)
+    summary = {
+        "schema": 1,
+        "kind": "distill",
+        "name": experiment.name,
+        "seed": experiment.seed,
+        "metric": METRICS[work.task],
+        "accuracy": dict(found.scores),
+        "agreement": None,
+        "accuracy_by_class": {},
+        "parameters": dict(found.sizes),
+        "log": [],
+    }
+    note = {"graph": work.task, **found.made_of}
+    write_atomic(folder / STUDENT, pack_tensors(found.student.state_dict(), {"fedkd": json.dumps(note)}))
+    return _written(folder, summary, began)
+
+
+def _written(folder: Path, summary: dict[str, Any], began: tuple[float, float]) -> Distilled:
+    """Write the summary; ``began``: seconds by the clock and of the processor."""
+    summary |= {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
+    summary |= {"versions": versions(), "git_revision": git_revision()}
+    write_json(folder / SUMMARY, summary)
+    return Distilled(folder, summary)
 
 
 class _Work:
@@ -198,11 +238,8 @@ class _Work:
 
     def _finished(self, summary: dict[str, Any], began: tuple[float, float]) -> Distilled:
         """Keep the student and the summary; ``began``: seconds by the clock and of the processor."""
-        summary |= {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
-        summary |= {"versions": versions(), "git_revision": git_revision()}
         self._keep(self.student, self.experiment.student, self.folder / STUDENT, self.task)
-        write_json(self.folder / SUMMARY, summary)
-        return Distilled(self.folder, summary)
+        return _written(self.folder, summary, began)
 
     def _mutual(self, online: OnlineConfig) -> Distilled:
         """Teach without a teacher."""

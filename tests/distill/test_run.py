@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import sparse
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
@@ -15,6 +16,7 @@ from fedkd.distill.config import load
 from fedkd.distill.run import resume, start
 from fedkd.distill.teachers import load_teacher
 from fedkd.errors import ConfigError
+from fedkd.report.distill import render
 
 
 def test_the_command_teaches_and_keeps_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,3 +157,42 @@ def test_a_teacher_of_another_kind_of_input(tmp_path: Path) -> None:
     assert summary["accuracy"]["student"] > 0.2 and summary["accuracy"]["teacher"] > 0.5
     assert load_teacher(tmp_path / "run/student.safetensors", (1, 8, 8), 10).classes == 10
     assert load_teacher(tmp_path / "run/teacher-1.safetensors", (1, 16, 16), 10).classes == 10
+
+
+def communities(path: Path) -> None:
+    """A graph of four communities, which edges tell well and features poorly."""
+    rng = np.random.default_rng(1)
+    y = np.arange(160) % 4
+    chance = np.where(y[:, None] == y[None], 0.08, 0.003)
+    edges = np.stack(np.nonzero(np.triu(rng.random((160, 160)) < chance, 1)))
+    x = sparse.csr_matrix((rng.random((160, 24)) < 0.1 + 0.3 * (np.arange(24) // 6 == y[:, None])).astype(np.float32))
+    np.savez(path, data=x.data, indices=x.indices, indptr=x.indptr, shape=x.shape, edges=edges, labels=y)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("nodes", ["terms: {soft: 1.0, structure: 10.0}, learn: {epochs: 40}, teach: {epochs: 40}"]),
+        ("links", ["learn: {epochs: 20}, teach: {epochs: 20}"]),
+        ("clusters", ["learn: {epochs: 40, target: 0.5}, teach: {epochs: 60}", "teacher=gcn(hidden=[16, 8])"]),
+    ],
+)
+def test_a_graph_is_taught(task: str, words: list[str], tmp_path: Path) -> None:
+    communities(tmp_path / "g.npz")
+    graph = f"graph={{path: {tmp_path}/g.npz, task: {task}, per_class: 6, validation: 8, {words[0]}}}"
+    summary = start(load(None, [graph, *words[1:], "student=mlp(hidden=[16])"])[0][1], tmp_path / "run").summary
+    scores = summary["accuracy"]
+    assert 0.3 < scores["teacher"] <= 1 and 0 <= scores["student"] <= 1 and 0 <= scores["alone"] <= 1
+    if task == "nodes":
+        assert scores["student"] > scores["alone"], "edges told what features do not"
+    assert resume(tmp_path / "run").summary == summary
+    (tmp_path / "run/summary.json").unlink()
+    assert resume(tmp_path / "run").summary["accuracy"] == scores
+    assert "<svg" not in render(tmp_path / "run")
+    with pytest.raises(ConfigError, match="Did you mean 'epochs'"):
+        wrong = graph.replace("learn: {", "learn: {epoch: 1, ")
+        start(load(None, [wrong, *words[1:]])[0][1], tmp_path / "wrong")
+    with pytest.raises(ConfigError, match="on a graph expected"):
+        start(load(None, [graph, "student=lenet"])[0][1], tmp_path / "wrong2")
+    with pytest.raises(ConfigError, match="brings data and terms"):
+        load(None, [graph, "data=digits"])
