@@ -196,6 +196,10 @@ def test_an_onnx_teacher_answers_as_its_module(teacher: nn.Module, tmp_path: Pat
     )  # fmt: skip
     loaded = load_teacher(path, (1, 8, 8), 10)
     assert torch.allclose(loaded.logits(x[:7]), ModuleTeacher(teacher, 10).logits(x[:7]), atol=1e-4)
+    assert loaded.shape == (1, 8, 8) and load_teacher(path).classes == 10
+    # The same numbers called probabilities are another teacher, of other answers.
+    told = load_teacher(path, gives="probabilities")
+    assert told.identity != loaded.identity and not torch.allclose(told.logits(x[:7]), loaded.logits(x[:7]))
     with pytest.raises(ConfigError, match="classes"):
         load_teacher(path, (1, 8, 8), 9)
     path.write_bytes(path.read_bytes()[:100])

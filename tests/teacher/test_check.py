@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from fedkd.cli.main import app
 from fedkd.distill import EnsembleTeacher, ModuleTeacher
+from fedkd.distill.config import load
 from fedkd.distill.datafree import Form
 from fedkd.distill.loop import Records
+from fedkd.distill.run import start
 from fedkd.errors import ConfigError
 from fedkd.storage import pack_tensors, write_atomic
 from fedkd.teacher.accounts import OverBudget
@@ -41,6 +43,28 @@ def test_the_check_hears_what_the_service_says(taught: ModuleTeacher, digits: Di
             assert torch.equal(guarded.logits(x), remote.logits(x)), name
             assert guarded.asked == remote.asked == remote.paid
             remote.close()
+
+
+@pytest.mark.parametrize("data", ["none", "digits"])
+def test_a_run_without_data_pays_exactly_what_it_said(taught: ModuleTeacher, data: str, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    caller = CallerConfig(name="a", token_sha256=token_hash("secret"), queries=100)
+    with TeacherService(
+        taught, SHAPE, Policy(listen="127.0.0.1:0", callers=(caller,), state=tmp_path / "s")
+    ) as service:
+        words = [
+            f"teacher=grpc://127.0.0.1:{service.port}?token={tmp_path / 'token'}", f"data={data}", "student=logreg",
+            "method={name: ideal, batch_size: 20, steps: 2, width: 4}",
+        ]  # fmt: skip
+        with pytest.raises(
+            ConfigError, match=r"asks 20 inputs in each of 6 epochs.*100 at most: set training.epochs to 5"
+        ):
+            start(load(None, [*words, "training.epochs=6"])[0][1], tmp_path / "dear")
+        assert service.accounts.spent("a") == 0
+        found = start(load(None, [*words, "training.epochs=4"])[0][1], tmp_path / "run").summary
+        # Neither the pool's answers nor the test set's, which would measure the teacher, cost a query.
+        assert found["queries"] == found["paid"] == service.accounts.spent("a") == 80
+        assert found["accuracy"]["teacher"] is None and (found["accuracy"]["student"] is None) == (data == "none")
 
 
 def test_noise_cannot_be_averaged_away_and_a_budget_ends(taught: ModuleTeacher, digits: Digits, tmp_path: Path) -> None:

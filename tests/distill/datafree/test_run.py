@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from fedkd.cli.main import app
 from fedkd.distill.config import load
 from fedkd.distill.run import resume, start
+from fedkd.distill.teachers import ModuleTeacher, load_teacher
 from fedkd.errors import ConfigError
 
 SMALL = [
@@ -56,6 +58,37 @@ def test_data_measure_and_change_nothing_and_the_pool_is_of_use(teacher: Path, t
     words = [f"teacher={teacher}", f"data={tmp_path / 'blind/pool.npz'}", "student=logreg", "training.epochs=2"]
     again = start(load(None, words)[0][1], tmp_path / "again").summary
     assert again["accuracy"]["student"] is None and 0 < again["agreement"] <= 1
+
+
+@pytest.mark.slow
+def test_the_pool_calibrates_an_int8_model(teacher: Path, tmp_path: Path) -> None:
+    """As docs/data-free.md does it."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    words = [f"teacher={teacher}", *SMALL, "method.makes_per_epoch=5", "training.epochs=3", "data=none"]
+    start(load(None, words)[0][1], tmp_path / "run")
+    exact = load_teacher(teacher)
+    assert isinstance(exact, ModuleTeacher)
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        exact.module, (torch.zeros(2, 1, 8, 8),), str(tmp_path / "t.onnx"), dynamo=True, dynamic_shapes=({0: batch},),
+        input_names=["x"], external_data=False, verbose=False,
+    )  # fmt: skip
+
+    class Pool(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self, x: np.ndarray) -> None:  # type: ignore[type-arg]
+            self.parts = iter(np.array_split(x, 4))
+
+        def get_next(self) -> dict[str, object] | None:
+            part = next(self.parts, None)
+            return None if part is None else {"x": part}
+
+    pool = Pool(np.load(tmp_path / "run/pool.npz")["x"])
+    quantization.quantize_static(
+        tmp_path / "t.onnx", tmp_path / "int8.onnx", pool, quant_format=quantization.QuantFormat.QDQ, per_channel=True
+    )
+    x = torch.from_numpy(load_digits().images.astype(np.float32) / 16)[:, None]
+    same = (load_teacher(tmp_path / "int8.onnx").logits(x).argmax(1) == exact.logits(x).argmax(1)).float().mean()
+    assert float(same) > 0.97
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(teacher: Path, tmp_path: Path) -> None:
