@@ -27,7 +27,7 @@ class Answers:
     def __init__(self, teacher: Teacher, how: AnswersConfig, folder: Path) -> None:
         self.teacher, self.how = teacher, how
         self._private = PrivateAnswers(teacher, how.privacy, folder) if how.privacy is not None else None
-        self._model = threading.Lock()
+        self._turn = threading.Lock()
 
     def charge(self, caller: CallerConfig, count: int) -> None:
         """Charge the privacy of ``count`` new answers, before they are made; nothing without ``answers.privacy``.
@@ -37,12 +37,13 @@ class Answers:
             LedgerError: the ledgers cannot be written; nothing may be answered.
         """
         if self._private is not None:
-            self._private.charge(caller, count)
+            with self._turn:
+                self._private.charge(caller, count)
 
     def make(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the probabilities [n, C] that a caller may see of inputs [n, *shape]."""
         given = torch.from_numpy(np.array(x))
-        with self._model:
+        with self._turn:
             if self._private is not None:
                 probabilities = self._private.probabilities(given)
             else:

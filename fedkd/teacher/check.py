@@ -12,7 +12,6 @@ refutes a claim of safety and never proves one.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from fedkd.experiment import build as build_section
 from fedkd.losses import KD
 from fedkd.models import Architecture
 from fedkd.seeding import key, numpy_rng
-from fedkd.teacher.accounts import OverBudget
+from fedkd.teacher.accounts import OverBudget, content_hashes
 from fedkd.teacher.answers import Answers
 from fedkd.teacher.policy import AnswersConfig, CallerConfig, load_policy
 
@@ -90,7 +89,7 @@ class GuardedTeacher(Teacher):
             OverBudget: the inputs not asked before are more than the caller's budget leaves; nothing is charged.
         """
         rows = np.ascontiguousarray(x.detach().float().cpu().numpy())
-        names = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+        names = content_hashes(rows)
         fresh = {name: i for i, name in reversed(list(enumerate(names))) if name not in self._known}
         if fresh:
             limit = self._caller.queries

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sqlite3
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from torch import Tensor
 from fedkd.distill.teachers import Teacher, log_probabilities
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.teacher import teacher_pb2 as pb
+from fedkd.teacher.accounts import content_hashes
 from fedkd.teacher.service import SERVICE
 
 TRIES, FIRST_WAIT_SECONDS, CALL_SECONDS = 6, 0.2, 120.0
@@ -65,17 +69,22 @@ class RemoteTeacher(Teacher):
         self.asked = 0
         if cache is not None:
             cache.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(str(cache) if cache is not None else ":memory:", isolation_level=None)
+        place = str(cache) if cache is not None else ":memory:"
+        self._db, self._turn = sqlite3.connect(place, isolation_level=None, check_same_thread=False), threading.Lock()
         self._db.execute("PRAGMA journal_mode=WAL")
+        # What a power cut takes from here the service still has, and gives for nothing.
+        self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.execute(
-            "CREATE TABLE IF NOT EXISTS answers (service TEXT, input BLOB, answer BLOB, PRIMARY KEY (service, input)) "
+            "CREATE TABLE IF NOT EXISTS replies (service INTEGER, input BLOB, answer BLOB, PRIMARY KEY (service, input)) "
             "WITHOUT ROWID"
         )
+        self._service = int.from_bytes(hashlib.sha256(self.identity.encode()).digest()[:7], "little")
 
     @property
     def paid(self) -> int:
         """Different inputs that the cache holds answers to: those of earlier processes of a run too."""
-        row = self._db.execute("SELECT COUNT(*) FROM answers WHERE service = ?", (self.identity,)).fetchone()
+        with self._turn:
+            row = self._db.execute("SELECT COUNT(*) FROM replies WHERE service = ?", (self._service,)).fetchone()
         return int(row[0])
 
     def close(self) -> None:
@@ -93,45 +102,79 @@ class RemoteTeacher(Teacher):
         if tuple(x.shape[1:]) != self.shape:
             raise ConfigError(f"{self._url} takes inputs {list(self.shape or ())}, got {list(x.shape[1:])}")
         rows = np.ascontiguousarray(x.detach().float().numpy().reshape(len(x), -1), "<f4")
-        hashes = [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
-        known = self._known(hashes)
-        missing = list({h: i for i, h in enumerate(hashes) if h not in known}.values())
+        known: dict[bytes, bytes] = {}
+        hashes: dict[int, list[bytes]] = {}
         tries = 0
-        while missing:
-            before = len(missing)
+        while True:
+            before = self.asked
             try:
-                for part, answers in self._ask(rows, missing):
-                    self._keep([hashes[i] for i in part], answers)
-                    known |= {hashes[i]: a.tobytes() for i, a in zip(part, answers, strict=True)}
+                for part, answers in self._ask(rows, hashes, known):
+                    self._keep(part, answers)
+                    known |= {h: a.tobytes() for h, a in zip(part, answers, strict=True)}
                     self.asked += len(part)
+                break
             except grpc.RpcError as cause:
-                tries = tries + 1 if before == len([i for i in missing if hashes[i] not in known]) else 1
+                tries = tries + 1 if before == self.asked else 1
                 self._wait_or_give_up(cause, tries)
-            missing = [i for i in missing if hashes[i] not in known]
-        found = np.frombuffer(b"".join(known[h] for h in hashes), "<f4").reshape(len(x), self.classes)
+        answered = b"".join(known[h] for start in sorted(hashes) for h in hashes[start])
+        found = np.frombuffer(answered, "<f4").reshape(len(x), self.classes)
         return log_probabilities(found, x.dtype)
 
     def _ask(
-        self, rows: NDArray[np.float32], missing: Sequence[int]
-    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-        parts = [list(missing[i : i + self._batch]) for i in range(0, len(missing), self._batch)]
+        self, rows: NDArray[np.float32], hashes: dict[int, list[bytes]], known: dict[bytes, bytes]
+    ) -> Iterator[tuple[list[bytes], NDArray[np.float32]]]:
+        """Ask about the rows that nobody was asked about, and yield their hashes and answers, a question at a time.
 
-        def questions() -> Iterator[pb.Question]:
-            for number, part in enumerate(parts):
-                yield pb.Question(id=number, count=len(part), inputs=rows[part].tobytes())
-
+        ``hashes`` (by the place of their first row) and ``known`` are filled on the way, from the cache too, while the
+        service is at work.
+        """
+        sent: deque[list[bytes]] = deque()
+        questions = self._questions(rows, hashes, known, sent)
+        first = next(questions, None)
+        if first is None:
+            return
         # One deadline for a stream of any length would be wrong: it grows with what is asked.
-        timeout = CALL_SECONDS + 0.5 * len(parts)
-        for wanted, reply in enumerate(self._answer(questions(), metadata=self._metadata, timeout=timeout)):
-            if wanted >= len(parts) or reply.id != wanted:
+        timeout = CALL_SECONDS + 0.5 * len(rows) / self._batch
+        stream = itertools.chain([first], questions)
+        for wanted, reply in enumerate(self._answer(stream, metadata=self._metadata, timeout=timeout)):
+            if not sent or reply.id != wanted:
                 raise RemoteError(f"{self._url} answered question {reply.id}, expected {wanted}")
-            part = parts[wanted]
+            part = sent.popleft()
             if len(reply.probabilities) != 4 * len(part) * self.classes:
                 raise RemoteError(f"{self._url} sent {len(reply.probabilities)} bytes for {len(part)} answers")
             found = np.frombuffer(reply.probabilities, "<f4").reshape(len(part), self.classes)
             if not bool((found >= 0).all()) or not np.allclose(found.sum(1), 1, atol=1e-3):
                 raise RemoteError(f"{self._url} sent rows that are no probabilities")
             yield part, found
+        if sent:
+            raise RemoteError(f"{self._url} ended its answers {sum(map(len, sent))} inputs early")
+
+    def _questions(
+        self,
+        rows: NDArray[np.float32],
+        hashes: dict[int, list[bytes]],
+        known: dict[bytes, bytes],
+        sent: deque[list[bytes]],
+    ) -> Iterator[Any]:
+        """Yield the questions of a stream, and note in ``sent`` what each is about. Runs in a thread of gRPC's."""
+        waiting: dict[bytes, int] = {}
+        asked: set[bytes] = set()
+        numbers = itertools.count()
+        for start in range(0, len(rows), self._batch):
+            end = min(start + self._batch, len(rows))
+            if start not in hashes:
+                hashes[start] = content_hashes(rows[start:end])
+            part = hashes[start]
+            known |= self._known([h for h in part if h not in known])
+            waiting |= {h: start + i for i, h in enumerate(part) if h not in known and h not in asked}
+            while len(waiting) >= self._batch or (waiting and end == len(rows)):
+                chosen = list(itertools.islice(waiting.items(), self._batch))
+                for h, _ in chosen:
+                    del waiting[h]
+                    asked.add(h)
+                sent.append([h for h, _ in chosen])
+                inputs = rows[[i for _, i in chosen]].tobytes()
+                yield pb.Question(id=next(numbers), count=len(chosen), inputs=inputs)
 
     def _wait_or_give_up(self, cause: grpc.RpcError, tries: int) -> None:
         code, details = cause.code(), " ".join(str(cause.details()).split())[:300]
@@ -153,15 +196,17 @@ class RemoteTeacher(Teacher):
         asked = list(dict.fromkeys(hashes))
         for start in range(0, len(asked), 500):
             part = asked[start : start + 500]
-            query = f"SELECT input, answer FROM answers WHERE service = ? AND input IN ({','.join('?' * len(part))})"
-            known |= dict(self._db.execute(query, (self.identity, *part)))
+            query = f"SELECT input, answer FROM replies WHERE service = ? AND input IN ({','.join('?' * len(part))})"
+            with self._turn:
+                known |= dict(self._db.execute(query, (self._service, *part)))
         return {h: a for h, a in known.items() if len(a) == 4 * self.classes}
 
     def _keep(self, hashes: Sequence[bytes], answers: NDArray[np.float32]) -> None:
-        rows = [(self.identity, h, a.tobytes()) for h, a in zip(hashes, answers, strict=True)]
-        self._db.execute("BEGIN")
-        self._db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", rows)
-        self._db.execute("COMMIT")
+        rows = [(self._service, h, a.tobytes()) for h, a in zip(hashes, answers, strict=True)]
+        with self._turn:
+            self._db.execute("BEGIN")
+            self._db.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", rows)
+            self._db.execute("COMMIT")
 
 
 def _connect(url: str) -> tuple[grpc.Channel, list[tuple[str, str]]]:

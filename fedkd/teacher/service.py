@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -20,7 +21,7 @@ from fedkd.distill.teachers import Teacher
 from fedkd.errors import ConfigError
 from fedkd.privacy.ledger import LedgerError
 from fedkd.teacher import teacher_pb2 as pb
-from fedkd.teacher.accounts import Accounts, OverBudget
+from fedkd.teacher.accounts import Accounts, Answered, OverBudget, content_hashes
 from fedkd.teacher.answers import Answers
 from fedkd.teacher.policy import CallerConfig, Policy, token_hash
 
@@ -124,14 +125,30 @@ class TeacherService:
         return min(caps, default=None)
 
     def _answer(self, questions: Iterator[Any], context: Any) -> Iterator[Any]:
+        """Answer in order. Three questions are at work at once: one is checked, one made, and one written and sent."""
         caller = self._caller(context)
-        for question, checked in _ahead((question, self._check(question)) for question in questions):
+        for made in _ahead(self._made(caller, questions)):
+            if isinstance(made, _Refusal):
+                context.abort(made.code, made.why)
+            question, asked, answered = made
+            try:
+                found = answered.release()
+            except OverBudget as cause:
+                refusal = _over_budget(caller, asked, cause)
+                context.abort(refusal.code, refusal.why)
+            _log("answered", caller.name, asked=asked, charged=answered.charged)
+            yield pb.Reply(id=question, probabilities=found.tobytes())
+
+    def _made(self, caller: CallerConfig, questions: Iterator[Any]) -> Iterator[tuple[int, int, Answered] | _Refusal]:
+        """Make answers, which are being charged but must not leave yet, or a refusal, which is the last."""
+        for question, checked in _ahead((int(question.id), self._check(question)) for question in questions):
             if isinstance(checked, str):
                 _log("refused", caller.name, reason="input")
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, checked)
+                yield _Refusal(grpc.StatusCode.INVALID_ARGUMENT, checked)
+                return
             x, hashes = checked
             try:
-                found, charged = self.accounts.answer(
+                answered = self.accounts.answer(
                     caller.name,
                     self.identity,
                     hashes,
@@ -142,13 +159,13 @@ class TeacherService:
                     charge=lambda count: self._answers.charge(caller, count),
                 )
             except OverBudget as cause:
-                _log("refused", caller.name, reason="budget", asked=len(hashes))
-                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(cause))
+                yield _over_budget(caller, len(hashes), cause)
+                return
             except LedgerError as cause:
                 log.error(json.dumps({"event": "ledger", "caller": caller.name, "why": str(cause)}))
-                context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the service's privacy ledger cannot be written")
-            _log("answered", caller.name, asked=len(hashes), charged=charged)
-            yield pb.Reply(id=question.id, probabilities=found.tobytes())
+                yield _Refusal(grpc.StatusCode.FAILED_PRECONDITION, "the service's privacy ledger cannot be written")
+                return
+            yield question, len(hashes), answered
 
     def _check(self, question: Any) -> tuple[NDArray[np.float32], list[bytes]] | str:
         """Check a question's bytes and return its inputs [n, *shape] and their hashes, or why it is refused."""
@@ -164,8 +181,7 @@ class TeacherService:
         # One comparison serves both: NaN compares false.
         if not bool((np.abs(x) <= INPUT_CAP).all()):
             return f"an input is NaN, infinite or beyond {INPUT_CAP:g}: expected finite numbers"
-        hashes = [hashlib.blake2b(row.data, digest_size=16).digest() for row in x]
-        return x.reshape(count, *self.shape), hashes
+        return x.reshape(count, *self.shape), content_hashes(x)
 
     def _caller(self, context: Any) -> CallerConfig:
         """Return who calls; ends the call where nobody of the policy does."""
@@ -182,6 +198,17 @@ class TeacherService:
         _log("refused", "-", reason="identity")
         context.abort(grpc.StatusCode.UNAUTHENTICATED, "no caller of the policy has this token or certificate")
         raise AssertionError("abort raises")
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    code: grpc.StatusCode
+    why: str
+
+
+def _over_budget(caller: CallerConfig, asked: int, cause: OverBudget) -> _Refusal:
+    _log("refused", caller.name, reason="budget", asked=asked)
+    return _Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(cause))
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -318,15 +319,81 @@ def test_accounts_are_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         accounts.answer("a", "s", [b"1", b"2"], 3, broken, budget=5, rate=None)
     assert accounts.spent("a") == 0
-    found, charged = accounts.answer(
+    answered = accounts.answer(
         "a", "s", [b"1", b"2", b"1"], 2, lambda rows: np.stack([rows, rows], 1).astype("f4"), budget=2, rate=None
     )
-    assert charged == 2 and found[:, 0].tolist() == [0, 1, 0]
+    assert answered.charged == 2 and answered.release()[:, 0].tolist() == [0, 1, 0] and accounts.spent("a") == 2
     with pytest.raises(OverBudget):
         accounts.answer("a", "s", [b"3"], 2, lambda rows: np.zeros((1, 2), "f4"), budget=2, rate=None)
     accounts.answer("z", "s", [b"3"], 2, lambda rows: np.zeros((1, 2), "f4"), budget=None, rate=0.1)
     with pytest.raises(OverBudget, match="try again"):
         accounts.answer("z", "s", [b"4"], 2, lambda rows: np.zeros((1, 2), "f4"), budget=None, rate=0.1)
+
+
+def pairs(rows: np.ndarray) -> np.ndarray:
+    return np.stack([rows, rows], 1).astype("f4")
+
+
+def test_an_answer_leaves_only_when_it_and_what_it_repeats_are_charged(tmp_path: Path) -> None:
+    accounts = Accounts(tmp_path)
+    held, disk = threading.Event(), accounts._pen
+
+    class FullDisk:
+        """Waits, so that a second question comes while the first is on its way to the disk, and fails."""
+
+        in_transaction = False
+
+        def execute(self, *words: object) -> None:
+            held.wait(30)
+            raise sqlite3.OperationalError("database or disk is full")
+
+    accounts._pen = FullDisk()  # type: ignore[assignment]
+    first = accounts.answer("a", "s", [b"1", b"2"], 2, pairs, budget=3, rate=None)
+    repeated = accounts.answer("a", "s", [b"2"], 2, pairs, budget=3, rate=None)
+    assert first.charged == 2 and repeated.charged == 0
+    with pytest.raises(OverBudget, match="1 of 3 are left"):
+        accounts.answer("a", "s", [b"3", b"4"], 2, pairs, budget=3, rate=None)
+    held.set()
+    for answered in (first, repeated):
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            answered.release()
+    accounts._pen = disk
+    assert accounts.spent("a") == 0
+    again = accounts.answer("a", "s", [b"1", b"2", b"3"], 2, pairs, budget=3, rate=None)
+    assert again.release().shape == (3, 2) and accounts.spent("a") == 3
+    accounts.close()
+
+
+def test_a_budget_holds_across_processes_on_one_file(tmp_path: Path) -> None:
+    one, other = Accounts(tmp_path), Accounts(tmp_path)
+    one.answer("a", "s", [b"1"], 2, pairs, budget=2, rate=None).release()
+    other.answer("a", "t", [b"2"], 2, pairs, budget=2, rate=None).release()
+    with pytest.raises(OverBudget, match="2 in all"):
+        one.answer("a", "s", [b"3"], 2, pairs, budget=2, rate=None).release()
+    assert one.spent("a") == other.spent("a") == 2
+    with pytest.raises(OverBudget, match="0 of 2 are left"):
+        one.answer("a", "s", [b"3"], 2, pairs, budget=2, rate=None)
+
+
+def test_what_two_streams_ask_at_once_is_made_and_paid_once(tmp_path: Path) -> None:
+    accounts, made = Accounts(tmp_path), []
+
+    def slow(rows: np.ndarray) -> np.ndarray:
+        made.append(len(rows))
+        time.sleep(0.05)
+        return np.random.default_rng().random((len(rows), 2)).astype("f4")
+
+    found: list[np.ndarray] = []
+
+    def ask() -> None:
+        found.append(accounts.answer("a", "s", [b"1", b"2"], 2, slow, budget=None, rate=None).release())
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [2] and accounts.spent("a") == 2 and all((f == found[0]).all() for f in found)
 
 
 def test_answers_tell_no_more_than_the_policy_says() -> None:
