@@ -10,8 +10,10 @@ by the weighted mean z̄_c of the logits of its own cluster: it minimises its ow
 
 Deviations: own records and proxy samples take turns, a phase each (``digest`` and ``training``), instead of one step on
 the sum of both losses; the squared distance is averaged over the classes, so that lambda does not depend on their number.
-k-means is started by k-means++ from the run's seed. A device that did not answer keeps its last cluster; one that never
-did is taught by the mean of all.
+k-means runs over a device's whole answer and is started by k-means++ from the run's seed; the public re-implementation by
+SCARLET's authors clusters each sample by itself and lets the device take the nearest centre. Here the server chooses, so
+that one mean travels and not all. A device that did not answer keeps its last cluster; one that never did is taught by the
+mean of all.
 """
 
 from __future__ import annotations

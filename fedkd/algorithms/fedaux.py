@@ -6,15 +6,16 @@ Transactions on Neural Networks and Learning Systems 2021, https://arxiv.org/abs
 The server pre-trains a body h_0 on the proxy samples without labels. Devices start from it, and fit, beside their training,
 a logistic regression w that tells h_0 of their own records from h_0 of "negatives", the first ``negatives`` of the proxy
 samples: min_w mean log(1 + exp(-y w·h)) + lambda/2 ‖w‖², ‖h‖ = 1, no intercept. The server averages weights as in FedAvg
-and distils the mean on the other proxy samples from sum_k s_k(x) p_k(x) / sum_k s_k(x), s_k(x) = sigmoid(w_k·h_0(x)): a
-device is heard where the sample resembles its records.
+and distils the mean on the other proxy samples from softmax(sum_k s_k(x) z_k(x) / sum_k s_k(x)), z_k being a device's
+logits and s_k(x) = sigmoid(w_k·h_0(x)): it is heard where the sample resembles its records.
 
 No privacy is claimed. The paper adds Gaussian noise to w by the sensitivity 2 / (n lambda) of n records and negatives. That
-bound holds for the objective as written above (a mean of losses, lambda/2, no intercept, ‖h‖ <= 1, exactly minimised); the
-authors' public code scales the penalty otherwise and is noised too little. And the weights leave the device without noise.
+bound holds for the objective above (a mean of losses, lambda/2, no intercept, ‖h‖ <= 1, exactly minimised). The authors'
+public code minimises the sum of losses + lambda/2 ‖w‖² and fits an intercept: its noise is n times too small. And the
+weights leave the device without noise.
 
-Deviations: pre-training is contrastive (NT-Xent of two noisy views, a part of whose inputs is masked) with the settings of
-``server``. w is found by Newton's method and sent every round, so that a device that joins late needs no other message.
+Deviations: pre-training is contrastive (NT-Xent of two noisy, partly masked views) with the settings of ``server``. w is
+found by Newton's method and sent every round, so that a device that joins late needs no other message.
 """
 
 from __future__ import annotations
@@ -115,9 +116,7 @@ class FedAUX(Algorithm):
         return bool(server.memory["holds"][card.id])
 
     def broadcast(self, server: ServerState, card: Card) -> Payload:
-        flat = flatten(server.models["extractor"][1])
-        if self.audience(card, server):
-            flat = flat[:0]
+        flat = flatten(server.models["extractor"][1])[: 0 if self.audience(card, server) else None]
         parts: dict[str, Payload] = {"model": Weights.from_tensors(server.models["student"][1])}
         return Bundle(parts={**parts, "extractor": Weights.from_tensors({"flat": flat})})
 
@@ -126,17 +125,17 @@ class FedAUX(Algorithm):
         features = F.normalize(tools.net(*server.models["extractor"]).features(tools.public(rest)), dim=1)
         total = torch.zeros(len(rest), tools.classes, dtype=tools.dtype)
         score = torch.zeros(len(rest), 1, dtype=tools.dtype)
-        models, who = [], []
+        models = []
         for answer in answers:
             assert isinstance(answer.payload, Bundle)
             model = answer.payload.parts["model"]
             s = answer.weight * torch.sigmoid(features @ answer.payload.tensors()["scorer/w"])[:, None]
-            total += s * next(iter(tools.logits([(answer.card.architecture, model.tensors())], rest))).softmax(-1)
+            total += s * next(iter(tools.logits([(answer.card.architecture, model.tensors())], rest)))
             score += s
             models.append(replace(answer, payload=model))
-            who.append(answer.card.id)
-        mean = {**mean_weights(models, weighted=True), "who": torch.tensor(who)}
-        return Bundle(parts={"labels": SoftLabels(labels=total / score), "mean": Weights.from_tensors(mean)})
+        mean = {**mean_weights(models, weighted=True), "who": torch.tensor([a.card.id for a in models])}
+        labels = SoftLabels(labels=(total / score).softmax(-1))
+        return Bundle(parts={"labels": labels, "mean": Weights.from_tensors(mean)})
 
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
         assert isinstance(knowledge, Bundle)

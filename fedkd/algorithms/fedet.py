@@ -6,11 +6,12 @@ in Federated Learning", IJCAI 2022, https://arxiv.org/abs/2204.12703.
 Devices train small models of several architectures and send their weights. For each unlabelled sample the server takes the
 consensus s̄(x) = sum_k a_k(x) s_k(x) of their logits with a_k = Var(s_k) / sum_l Var(s_l), the variance over the classes
 (certain models count more), and its top class y. The models that say otherwise are heard as well, as a regulariser: their
-own consensus s_div. The large model (``models.student``) minimises CE(y) + lambda · KL(softmax(s_div) ‖ p). The devices'
-models of each architecture are averaged, take over the head of the large model, and go down.
+own consensus s_div. The large model (``models.student``) takes over the mean of the devices' heads, then minimises
+CE(y) + lambda · KL(softmax(s_div) ‖ p). The devices' models of each architecture are averaged, take over the head of the
+large model, and go down.
 
-Deviations: what is shared between the large and the small models is the head, so that all have one feature width (the
-paper shares a representation layer besides). lambda is ours where the paper tunes it.
+Deviations: what the large and the small models share is the head, so that all have one feature width (the paper shares a
+representation layer besides). Means of models are weighted by records.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fedkd.aggregators import mean_weights
 from fedkd.algorithms.averaging import WeightAveraging
-from fedkd.algorithms.base import Answers, Batch, Card, ServerState, ServerTools, with_model
+from fedkd.algorithms.base import Answers, Batch, Card, ServerState, ServerTools, Tensors, with_model
 from fedkd.losses import cross_entropy, kl_divergence
 from fedkd.payloads import Bundle, Chosen, Nothing, Payload, SoftLabels, Votes, Weights
 
@@ -40,6 +41,11 @@ def consensus(logits: Tensor, worth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total = other.sum(0)
     apart = (other[:, :, None] * logits).sum(0) / torch.where(total > 0, total, 1.0)[:, None]
     return said, apart, total > 0
+
+
+def head(tensors: Tensors) -> Tensors:
+    """Return those of a model's tensors that belong to its head."""
+    return {name: t for name, t in tensors.items() if name.startswith("head.")}
 
 
 @final
@@ -75,6 +81,8 @@ class FedET(WeightAveraging):
             "apart": SoftLabels(labels=apart.softmax(-1)),
             "dissent": Chosen(chosen=dissent.to(logits.dtype)),
         }
+        heads = [replace(a, payload=Weights.from_tensors(head(a.payload.tensors()))) for a in answers]
+        parts["head"] = Weights.from_tensors(mean_weights(heads, weighted=True))
         for name in sorted({architecture for architecture, _ in models}):
             alike = [a for a in answers if a.card.architecture == name]
             parts[f"small {name}"] = Weights.from_tensors(mean_weights(alike, weighted=True))
@@ -89,11 +97,11 @@ class FedET(WeightAveraging):
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
         assert isinstance(knowledge, Bundle)
         name, weights = server.models["student"]
+        weights = {**weights, **knowledge.parts["head"].tensors()}
         taught = tools.train(name, weights, lambda net, batch: self.server_loss(net, batch, knowledge), tools.asked)
         server = with_model(server, "student", name, taught)
-        head = {n: t for n, t in taught.items() if n.startswith("head.")}
         for role, part in knowledge.parts.items():
             if role.startswith("small "):
-                small = {**part.tensors(), **head}
+                small = {**part.tensors(), **head(taught)}
                 server = with_model(server, role, role.removeprefix("small "), small)
         return replace(server, knowledge=Nothing())

@@ -4,12 +4,14 @@ S. Cheng, J. Wu, Y. Xiao, Y. Liu, Y. Liu, "FedGEMS: Federated Learning of Larger
 Fusion", 2021, https://arxiv.org/abs/2110.11027 (algorithm 1).
 
 All share a labelled public set. Devices send logits of its samples. The server's model (``models.student``, as large as one
-likes) learns each sample by its label and by one teacher: a sample that it has right, now or in an earlier round, by its
-own logits of that time, which it remembers; any other by the devices that have it right, weighted by
-softmax_k(1 / H(p_k)), H being the entropy. Where no device is right either, the label teaches alone. The server returns
-its logits, which the devices digest: (1 - soft) CE + soft KL(p_server ‖ p) on both sides.
+likes) sorts the samples by what it says of them before it learns. One that it has right teaches by its label alone, and its
+logits are remembered. One that it has wrong teaches by epsilon CE + (1 - epsilon) KL(teacher ‖ p), the teacher being its own
+remembered logits if it was ever right, else the mean logits sum_k a_k z_k of the devices that are right, a = softmax_k(1 /
+H(p_k)) among them, H being the entropy. Where no device is right either, the label teaches alone. The server returns its
+logits, which the devices digest with the same two terms.
 
-Deviations: ``soft`` is ours. Labels weigh the same in all three cases.
+Deviations: samples are sorted once a round, not at every batch. H has a floor of 0.01 nat, so that one certain device does
+not silence the rest. epsilon is that of the public code of AIJack, whose weights also count devices that are wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from fedkd.algorithms.base import Algorithm, Answers, Batch, Heard, ServerState, ServerTools, View, with_model
 from fedkd.losses import cross_entropy, entropy, kl_divergence
-from fedkd.payloads import Bundle, Chosen, Logits, Payload, SoftLabels
+from fedkd.payloads import Bundle, Chosen, Logits, Payload
 
 if TYPE_CHECKING:
     from fedkd.nets import Net
@@ -41,14 +43,22 @@ class FedGEMS(Algorithm):
     weighs: ClassVar[bool] = True
     student: ClassVar[bool] = True
 
-    soft: float = 0.5  # what the teacher counts, on server and devices; labels count the rest
+    hard: float = (
+        0.75  # epsilon, what labels count beside a teacher, on server and devices; the teacher counts the rest
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hard <= 1:
+            raise ValueError("hard must lie between 0 and 1: it is the share of the labels in the loss")
+
+    def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss [B] of either side, ``teacher`` [B, C] being the logits of the other."""
+        soft = kl_divergence(logits, teacher.softmax(-1))
+        return self.hard * cross_entropy(logits, labels) + (1 - self.hard) * soft
 
     # ---- device -----------------------------------------------------------------------------------------------------
     def public_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
-        logits, teacher = net(batch), heard.knowledge.tensors()["logits"][batch.index].softmax(-1)
-        return batch.mean(
-            (1 - self.soft) * cross_entropy(logits, batch.labels) + self.soft * kl_divergence(logits, teacher)
-        )
+        return batch.mean(self.loss(net(batch), batch.labels, heard.knowledge.tensors()["logits"][batch.index]))
 
     def answer(self, net: Net, view: View, heard: Heard) -> Payload:
         assert view.public is not None
@@ -68,31 +78,30 @@ class FedGEMS(Algorithm):
         most = (certain * (right > 0)).amax(0)
         weight = right * (certain - most).clamp(max=0).exp()
         known = weight.sum(0) > 0
-        p = (weight[:, :, None] * logits.softmax(-1)).sum(0) / torch.where(known, weight.sum(0), 1.0)[:, None]
-        p = torch.where(known[:, None], p, 1 / tools.classes)
-        return Bundle(parts={"labels": SoftLabels(labels=p), "known": Chosen(chosen=known.to(p.dtype))})
+        mean = (weight[:, :, None] * logits).sum(0) / torch.where(known, weight.sum(0), 1.0)[:, None]
+        return Bundle(parts={"mean": Logits(logits=mean), "known": Chosen(chosen=known.to(mean.dtype))})
 
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
         name, weights = server.models["student"]
         asked, told = torch.from_numpy(tools.asked), knowledge.tensors()
-        memory = self.remember(server, tools)
-        own = memory["right"][asked]
-        teacher = torch.where(own[:, None], memory["logits"][asked].softmax(-1), told["labels/labels"])
-        known = (own | (told["known/chosen"] > 0)).to(teacher.dtype)
+        own = server.memory["right"][asked]
+        memory, right = self.remember(server, tools)
+        teacher = torch.where(own[:, None], server.memory["logits"][asked], told["mean/logits"])
+        taught = ~right & (own | (told["known/chosen"] > 0))
 
         def loss(net: Net, batch: Batch) -> Tensor:
             logits = net(batch)
-            soft = known[batch.index] * kl_divergence(logits, teacher[batch.index])
-            return batch.mean((1 - self.soft) * cross_entropy(logits, batch.labels) + self.soft * soft)
+            both = self.loss(logits, batch.labels, teacher[batch.index])
+            return batch.mean(torch.where(taught[batch.index], both, cross_entropy(logits, batch.labels)))
 
         server = with_model(server, "student", name, tools.train(name, weights, loss, tools.asked))
         logits = next(iter(tools.logits([server.models["student"]], tools.asked)))
         return replace(server, knowledge=Logits(logits=logits), memory=memory)
 
-    def remember(self, server: ServerState, tools: ServerTools) -> dict[str, Tensor]:
-        """Return the memory with the logits of all samples asked that the server has right now."""
+    def remember(self, server: ServerState, tools: ServerTools) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the memory with the logits of the samples asked that the server has right now, and which these are."""
         asked, memory = torch.from_numpy(tools.asked), {n: t.clone() for n, t in server.memory.items()}
         logits = next(iter(tools.logits([server.models["student"]], tools.asked)))
         right = logits.argmax(-1) == tools.labels(tools.asked)
         memory["logits"][asked[right]], memory["right"][asked[right]] = logits[right], True
-        return memory
+        return memory, right

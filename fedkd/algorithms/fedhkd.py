@@ -10,8 +10,8 @@ averages both over the holders by their counts, H_j and Q_j. A device minimises
     CE + lambda · mean over classes of ‖softmax(head(H_j) / T) - Q_j‖ + gamma · mean over records of ‖f(x) - H_y‖.
 
 Deviations: the paper adds Gaussian noise to the means of features for differential privacy, which would cover neither the
-soft predictions nor the weights; none is added and no claim is made. Norms are Euclidean with 1e-8 under the root, so that
-they have a gradient at 0.
+soft predictions nor the weights; none is added, no claim is made. The first mean is over the classes that the server knows.
+Norms have 1e-8 under the root for a gradient at 0; the public code takes KL and mean square instead, and no threshold.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -328,12 +329,12 @@ def test_fedgems_hears_only_devices_that_are_right_and_the_certain_ones_more() -
     assert found["known/chosen"].tolist() == [1, 1, 0]
     p = z[:2, 0].softmax(-1)
     weight = (1 / -(p * p.log()).sum(-1)).softmax(0)
-    assert torch.allclose(found["labels/labels"][0], weight @ p)
-    assert torch.allclose(found["labels/labels"][1], z[2, 1].softmax(-1))
+    assert torch.allclose(found["mean/logits"][0], weight @ z[:2, 0])
+    assert torch.allclose(found["mean/logits"][1], z[2, 1])
 
 
 def test_fedgems_remembers_its_own_logits_of_samples_it_once_had_right() -> None:
-    raw = merged(TINY, {"algorithm": {"name": "fedgems", "soft": 0.0}, "proxy": {"labelled": True}, "rounds": 4})
+    raw = merged(TINY, {"algorithm": {"name": "fedgems", "hard": 1.0}, "proxy": {"labelled": True}, "rounds": 4})
     played = assemble(merged(raw, {"server": {"epochs": 30, "optimizer": {"lr": 0.1}}}))
     memories: list[dict[str, Tensor]] = []
     played.rounds.play(played.progress, lambda p, _: memories.append(dict(p.state.memory)))
@@ -353,6 +354,44 @@ def test_fedet_hears_certain_models_more_and_dissenters_besides() -> None:
     assert said.argmax(-1).tolist() == [0] and dissent.tolist() == [True]
     assert torch.allclose(apart, (var[1:, :, None] * z[1:]).sum(0) / var[1:].sum(0)[:, None])
     assert consensus(z[:1], torch.ones(1).double())[2].tolist() == [False]
+
+
+def test_fedgems_learns_from_a_teacher_only_what_it_has_wrong() -> None:
+    labels, own = torch.tensor([0, 1, 2, 3]), 4.0 * torch.eye(C).double()
+    own[1:] = own[1:].roll(1, 1)  # wrong of samples 1, 2, 3
+    memory = {"logits": normal(4, C, seed=5), "right": torch.tensor([True, True, False, False])}
+    mean = Logits(logits=normal(4, C, seed=6))
+    knowledge = Bundle(parts={"mean": mean, "known": Chosen(chosen=torch.tensor([1.0, 1, 1, 0]).double())})
+    net, x, losses = direct(), normal(4, C), []
+
+    class Tools:
+        asked = np.arange(4)
+
+        def labels(self, indices: np.ndarray) -> Tensor:
+            return labels
+
+        def logits(self, models: object, indices: np.ndarray) -> list[Tensor]:
+            return [own]
+
+        def train(self, name: str, weights: object, loss: Callable[..., Tensor], indices: np.ndarray) -> object:
+            losses.append(loss(net, batch(x, labels.tolist())))
+            return weights
+
+    state = replace(server(), memory=memory, models={"student": ("mlp", {})})
+    new = FedGEMS(hard=0.75).update(state, knowledge, Tools())  # type: ignore[arg-type]
+    hard = F.cross_entropy(net(x), labels, reduction="none")
+    teacher = torch.stack([memory["logits"][1], mean.logits[2]])
+    soft = 0.75 * hard[1:3] + 0.25 * divergence(teacher, net(x[1:3]))
+    assert torch.allclose(losses[0], torch.stack([hard[0], soft[0], soft[1], hard[3]]).mean())
+    assert torch.equal(new.memory["logits"][0], own[0]) and torch.equal(new.memory["logits"][1:], memory["logits"][1:])
+
+
+def test_fedet_begins_each_round_from_the_mean_of_the_devices_heads() -> None:
+    raw = merged(TINY, {"algorithm": "fedet", "server": {"epochs": 0}, "rounds": 1})
+    played, tap = tapped(raw)
+    told = list(tap.uploads(0).values())
+    want = sum(n * p.tensors()["head.weight"] for p, n in told) / sum(n for _, n in told)
+    assert torch.allclose(played.progress.state.models["student"][1]["head.weight"], want)
 
 
 def test_fedet_devices_take_over_the_head_of_the_large_model() -> None:
@@ -432,6 +471,34 @@ def test_fedaux_scores_own_records_higher_and_ignores_padding() -> None:
     assert (own @ w).min() > 0 > (other @ w).max()
     padded = scorer(torch.cat([own, 9 * other]), torch.cat([torch.full((10,), 0.1), torch.zeros(10)]).double())
     assert torch.allclose(padded, w)
+
+
+def test_fedaux_hears_the_logits_of_a_device_by_its_certainty_of_each_sample() -> None:
+    x, z = normal(5, C), [normal(3, C, seed=1), normal(3, C, seed=2)]
+    w, models = [normal(C, seed=3), normal(C, seed=4)], [{"z": z} for z in z]
+
+    class Toolbox:
+        asked, classes, dtype = np.arange(5), C, torch.float64
+
+        def net(self, name: str, weights: object) -> Direct:
+            return direct()
+
+        def public(self, indices: np.ndarray) -> Tensor:
+            return x[indices]
+
+        def logits(self, models: list[tuple[str, dict[str, Tensor]]], indices: np.ndarray) -> list[Tensor]:
+            assert indices.tolist() == [2, 3, 4]
+            return [weights["z"] for _, weights in models]
+
+    sent = [
+        Bundle(parts={"model": Weights.from_tensors(m), "scorer": Weights.from_tensors({"w": s})})
+        for m, s in zip(models, w, strict=True)
+    ]
+    state = replace(server(), models={"extractor": ("mlp", {})})
+    found = FedAUX(negatives=0.4).aggregate(collect(sent), state, Toolbox()).tensors()  # type: ignore[arg-type]
+    h = F.normalize(x[2:], dim=1)
+    s = [torch.sigmoid(h @ v)[:, None] for v in w]
+    assert torch.allclose(found["labels/labels"], ((s[0] * z[0] + s[1] * z[1]) / (s[0] + s[1])).softmax(-1))
 
 
 def test_fedaux_sends_the_extractor_once_to_each_device() -> None:
