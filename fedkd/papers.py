@@ -3,8 +3,9 @@
 A file has ``title``, ``paper``, ``seeds``, ``base`` (an experiment) and ``rows``. A row has a ``label``, a ``set`` that is
 laid over the base (or over ``experiment``, a YAML file beside the folder of tables), ``measure`` (``student``,
 ``clients_mean``, ``clients_own_classes_mean`` or ``ensemble``) and ``published``, the paper's figure as text. ``scale`` says
-how the runs differ in size from the paper's, ``note`` why figures miss. What was measured lies as NAME.json beside
-NAME.yaml, and in README.md of the folder above, between the marks of the table's name.
+how the runs differ in size from the paper's, ``note`` why figures miss. ``grid`` is for labels of the form "line, column":
+the table then has a line and a column for each. What was measured lies as NAME.json beside NAME.yaml, and in README.md of
+the folder above, between the marks of the table's name.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class PaperTable(BaseModel):
     paper: str
     scale: str = ""
     note: str = ""
+    grid: bool = False
     seeds: tuple[int, ...] = (1, 2, 3)
     base: dict[str, Any] = Field(default_factory=dict)
     rows: tuple[PaperRow, ...] = Field(min_length=1)
@@ -188,14 +190,26 @@ def block(source: Source, found: Mapping[str, Any]) -> str:
     lines = [f"## {table.title}", "", _wrapped(f"{table.paper.rstrip('.')}."), ""]
     lines += [_wrapped(table.scale), ""] if table.scale else []
     lines += [f"`fedkd papers run {source.path.stem}`; seeds {', '.join(map(str, found['seeds']))}.", ""]
-    lines += ["| row | paper | ours | measured on | kB up | kB down |", "|---|---|---|---|---|---|"]
-    lines += [_line(row) for row in found["rows"]]
+    if table.grid:
+        lines += _grid(found["rows"])
+    else:
+        lines += ["| row | paper | ours | measured on | kB up | kB down |", "|---|---|---|---|---|---|"]
+        lines += [_line(row) for row in found["rows"]]
     lines += ["", _wrapped(table.note)] if table.note else []
     return "\n".join(lines) + "\n"
 
 
 def _wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _grid(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    ours = {tuple(row["label"].split(", ", 1)): percent(row[row["measure"]]) for row in rows}
+    across = list(dict.fromkeys(column for _, column in ours))
+    lines = [f"| | {' | '.join(across)} |", "|---" * (len(across) + 1) + "|"]
+    for down in dict.fromkeys(line for line, _ in ours):
+        lines.append(f"| {down} | {' | '.join(ours.get((down, column), '-') for column in across)} |")
+    return lines
 
 
 def _line(row: Mapping[str, Any]) -> str:

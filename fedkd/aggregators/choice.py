@@ -34,7 +34,7 @@ class AggregatorConfig(BaseModel):
 
     kind: Literal["mean", "median", "trimmed", "geometric", "cronus", "history"] = "mean"
     share: float = Field(0.3, gt=0, lt=0.5, description="trimmed, cronus: share of answers that may be lies.")
-    rate: float = Field(10.0, gt=0, description="history: how fast a device that sticks out loses its weight.")
+    rate: float = Field(50.0, gt=0, description="history: how fast a device that sticks out loses its weight.")
 
     def check(self, method: Algorithm, *, secure_sum: bool, central: bool) -> None:
         """Refuse methods and mechanisms that a robust rule does not fit.

@@ -33,17 +33,19 @@ def trimmed_mean(stack: Tensor, share: float) -> Tensor:
 
 
 def geometric_median(stack: Tensor, steps: int = 32, smooth: float = 1e-6) -> Tensor:
-    """Return for each sample the point of least summed Euclidean distance to the devices' rows.
+    """Return the point of least summed Euclidean distance to the devices' whole answers, each a vector of N C numbers.
 
     K. Pillutla, S. Kakade, Z. Harchaoui, "Robust Aggregation for Federated Learning", IEEE TSP 2022,
-    https://arxiv.org/abs/1912.13445, algorithm 2 (smoothed Weiszfeld), here in label space and sample by sample.
+    https://arxiv.org/abs/1912.13445, algorithm 2 (smoothed Weiszfeld), on answers instead of weights. Over the whole answer
+    a liar is far on most samples, while honest devices of unlike data are far on some: sample by sample, the rule cannot
+    tell them apart.
     """
-    points = stack.double()
+    points = stack.double().flatten(1)
     centre = points.mean(0)
     for _ in range(steps):
         weight = 1 / (points - centre).norm(dim=-1, keepdim=True).clamp(min=smooth)
         centre = (points * weight).sum(0) / weight.sum(0)
-    return _rows(centre).to(stack.dtype)
+    return _rows(centre.view(stack.shape[1:])).to(stack.dtype)
 
 
 def spectral_filter(stack: Tensor, share: float) -> Tensor:
@@ -75,13 +77,16 @@ def spectral_filter(stack: Tensor, share: float) -> Tensor:
 
 
 def outlier_scores(stack: Tensor) -> Tensor:
-    """Return by how much each device lies farther [K] from the coordinate-wise median than the middle device does.
+    """Return by how much each device lies farther [K] from the coordinate-wise median than devices of unlike data do.
 
-    Distances are mean total variation, within [0, 1]. The excess over the middle one is counted, so that honest devices
-    of unlike data do not lose their weight to each other over many rounds.
+    Distances d_k are mean total variation, within [0, 1]. What exceeds m + 2 s is counted, m being the median of all d_k
+    and s their median deviation from m, times 1.4826, so that s is a standard deviation were d_k normal: honest devices
+    lose no weight to each other over many rounds. A liar that stays within 2 s is not noticed.
     """
     distance = (stack - median(stack)).abs().sum(-1).mean(-1).double() / 2
-    return (distance - distance.quantile(0.5)).clamp(min=0)
+    middle = distance.quantile(0.5)
+    spread = 1.4826 * (distance - middle).abs().quantile(0.5)
+    return (distance - middle - 2 * spread).clamp(min=0)
 
 
 def by_history(stack: Tensor, scores: Tensor, rate: float) -> Tensor:

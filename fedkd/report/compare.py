@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def compare(
         console.print(Text(f"! {_plain(warning)}", style="yellow"))
     if plot is not None:
         plot = Path(plot)
-        write_plot(groups, names, plot)
+        draw(points(groups, names), plot)
         json_out = plot.with_name(plot.name + ".json") if json_out is None else json_out
     if json_out is not None:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=str)
@@ -247,10 +248,45 @@ def _data_warning(groups: Sequence[Group]) -> list[str]:
     return [f"The runs use different data ({shown}): their accuracies cannot be compared."]
 
 
-def write_plot(groups: Sequence[Group], names: Sequence[str], path: Path) -> None:
-    """Draw accuracy against megabytes per device.
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A method in the picture: what it reached, in percent, for how many megabytes per device.
+
+    Attributes:
+        kind: `student` or `clients_mean`: whose accuracy it is.
+        spread: deviation over seeds, in percentage points; None where there is one seed.
+    """
+
+    label: str
+    kind: str
+    megabytes: float
+    accuracy: float
+    spread: float | None = None
+
+
+def points(groups: Sequence[Group], names: Sequence[str]) -> list[Point]:
+    """Return what the picture shows of each group that has an accuracy."""
+    found = []
+    repeated = len({group.method for group in groups}) < len(groups)
+    for group, name in zip(groups, names, strict=True):
+        best, sent = best_accuracy(group), bytes_per_device(group)
+        if best is None or sent is None:
+            continue
+        kind, spread = best
+        label = group.label if not repeated or group.changed else f"{group.method}: {name}"
+        deviation = None if spread.std is None else 100 * spread.std
+        point = Point(label=label, kind=kind, megabytes=sent / 1e6, accuracy=100 * spread.mean, spread=deviation)
+        found.append(point)
+    return found
+
+
+def draw(shown: Sequence[Point], path: Path) -> None:
+    """Draw accuracy against megabytes per device into a file named by its ending.
 
     A method that sends nothing is a line across, for a log axis has no zero.
+
+    Raises:
+        FedkdError: the file cannot be written.
     """
     # Imported here, since matplotlib takes a second to load and the table does not need it.
     import matplotlib
@@ -259,47 +295,39 @@ def write_plot(groups: Sequence[Group], names: Sequence[str], path: Path) -> Non
 
     # A fixed salt and no date: the same runs give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "fedkd", "svg.fonttype": "none", "font.size": 10}):
-        figure = Figure(figsize=(7.6, 4.8), layout="constrained")
+        # Many names need room.
+        figure = Figure(figsize=(7.6, min(8.0, max(4.8, 0.34 * len(shown)))), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         used: dict[str, None] = {}
-        labels: list[tuple[float, float, str, str]] = []
-        silent: list[tuple[float, str, str]] = []
-        repeated = len({group.method for group in groups}) < len(groups)
-        for place, (group, name) in enumerate(zip(groups, names, strict=True)):
-            best, sent = best_accuracy(group), bytes_per_device(group)
-            if best is None or sent is None:
-                continue
-            kind, spread = best
+        labels: list[tuple[Point, str]] = []
+        for place, point in enumerate(shown):
             colour = _COLOURS[place % len(_COLOURS)]
-            label = group.label if not repeated or group.changed else f"{group.method}: {name}"
-            if not sent:
-                silent.append((100 * spread.mean, f"{label} (nothing sent)", colour))
+            if not point.megabytes:
+                axes.axhline(point.accuracy, color=colour, linestyle="--", linewidth=1.2, zorder=1)
+                axes.annotate(
+                    _readable(f"{point.label} (nothing sent)"),
+                    (0.01, point.accuracy),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(0, 3),
+                    textcoords="offset points",
+                    color=colour,
+                    fontsize=9,
+                )
                 continue
-            used[kind] = None
-            x, y = sent / 1e6, 100 * spread.mean
-            error = None if spread.std is None else 100 * spread.std
-            axes.errorbar(x, y, yerr=error, fmt=_MARKERS[kind], color=colour, capsize=3, markersize=7)
-            labels.append((x, y, _readable(label), colour))
+            used[point.kind] = None
+            x, y = point.megabytes, point.accuracy
+            axes.errorbar(x, y, yerr=point.spread, fmt=_MARKERS[point.kind], color=colour, capsize=3, markersize=7)
+            labels.append((point, colour))
         if labels:
             axes.set_xscale("log")
-            low, high = min(item[0] for item in labels), max(item[0] for item in labels)
+            low, high = (pick(point.megabytes for point, _ in labels) for pick in (min, max))
             axes.set_xlim(low / 2.2, high * 3.2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        if not labels and not silent:
+        if not shown:
             axes.text(0.5, 0.5, "no run has an accuracy yet", ha="center", transform=axes.transAxes)
-        for y, label, colour in silent:
-            axes.axhline(y, color=colour, linestyle="--", linewidth=1.2, zorder=1)
-            axes.annotate(
-                _readable(label),
-                (0.01, y),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 3),
-                textcoords="offset points",
-                color=colour,
-                fontsize=9,
-            )
         axes.margins(y=0.12)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 102.0))
         axes.set_xlabel("megabytes per device, up and down, with the proxy set (log scale)")
         axes.set_ylabel("accuracy in %")
         axes.grid(True, which="major", alpha=0.3)
@@ -328,42 +356,57 @@ def _readable(label: str) -> str:
     return (label if len(label) <= 46 else label[:45] + "…").replace("$", r"\$")
 
 
-def _place_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each label at the first place around its point where it covers no point and no other label."""
+def _place_labels(axes: Axes, labels: Sequence[tuple[Point, str]]) -> None:
+    """Write each label at the nearest place around its point where it covers no point, bar nor other label.
+
+    A label that had to move away is tied to its point by a thin line.
+    """
+    from matplotlib.text import Text as Letters
+
     figure = axes.figure
     figure.draw_without_rendering()  # type: ignore[union-attr]  # lays out the axes, so that pixels are known
-    points = [axes.transData.transform((x, y)) for x, y, _, _ in labels]
+    # Marks along each bar of deviation stand for the bar.
+    steps = [at / 8 for at in range(-8, 9)]
+    marks = [
+        [axes.transData.transform((p.megabytes, p.accuracy + at * (p.spread or 0.0))) for at in steps]
+        for p, _ in labels
+    ]
     frame = axes.get_window_extent()
     taken: list[Any] = []
-    places = [
-        (9, 0, "left"),
-        (-9, 0, "right"),
-        (0, 11, "center"),
-        (0, -11, "center"),
-        (9, 12, "left"),
-        (9, -12, "left"),
-    ]
-    places += [(-9, 12, "right"), (-9, -12, "right"), (9, 24, "left"), (9, -24, "left"), (9, 36, "left")]
-    for (x, y, label, colour), own in zip(labels, points, strict=True):
+    key = axes.get_legend()
+    if key is not None:
+        taken.append(key.get_window_extent())
+    places = [(9, 0, "left"), (-9, 0, "right"), (0, 11, "center"), (0, -11, "center")]
+    for far in range(12, 132, 12):
+        places += [(9, far, "left"), (9, -far, "left"), (-9, far, "right"), (-9, -far, "right")]
+        places += [(9 + far, 0, "left"), (-9 - far, 0, "right"), (9 + far, far, "left"), (9 + far, -far, "left")]
+        places += [(-9 - far, far, "right"), (-9 - far, -far, "right")]
+    # From the top down, so that neighbours are pushed to one side and ties do not cross.
+    for place in sorted(range(len(labels)), key=lambda i: -labels[i][0].accuracy):
+        point, colour = labels[place]
         note: Annotation | None = None
         for dx, dy, side in places:
             if note is not None:
                 note.remove()
+            tie = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
             note = axes.annotate(
-                label,
-                (x, y),
+                _readable(point.label),
+                (point.megabytes, point.accuracy),
                 xytext=(dx, dy),
                 textcoords="offset points",
                 ha=side,
                 va="center",
                 color=colour,
                 fontsize=9,
+                arrowprops=tie if max(abs(dx), abs(dy)) > 20 else None,
             )
-            box = note.get_window_extent()
+            note.get_window_extent()  # finds the place of the words; what it returns takes in the tie
+            box = Letters.get_window_extent(note)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             clear = not any(box.overlaps(other) for other in taken)
-            free = not any(box.padded(4).contains(*point) for point in points if point is not own)
+            padded = box.padded(4)
+            free = not any(padded.contains(*at) for i, bar in enumerate(marks) if i != place for at in bar)
             if inside and clear and free:
                 break
         if note is not None:
-            taken.append(note.get_window_extent().padded(1))
+            taken.append(Letters.get_window_extent(note).padded(1))

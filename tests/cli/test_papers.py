@@ -84,6 +84,14 @@ def test_a_table_is_written_between_its_marks_and_nothing_else_is_touched(tmp_pa
     assert page.read_text().count("<!-- table two -->") == 1
 
 
+def test_a_grid_has_a_line_and_a_column_for_each_part_of_a_label(tmp_path: Path) -> None:
+    labels = ["none, mean", "none, median", "lma, mean"]
+    rows = [{**FOUND["rows"][0], "label": label} for label in labels]
+    path = table(tmp_path, grid=True, rows=[{"label": label} for label in labels])
+    text = papers.block(papers.Source.read(path), {**FOUND, "rows": rows})
+    assert "| | mean | median |\n|---|---|---|\n| none | 50.0±25.0 | 50.0±25.0 |\n| lma | 50.0±25.0 | - |\n" in text
+
+
 @pytest.mark.slow
 def test_a_table_is_run_once_and_reports_what_the_runs_reached(tmp_path: Path) -> None:
     path = table(tmp_path)
