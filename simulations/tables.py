@@ -25,11 +25,13 @@ SMALL = (
 """Overrides that make any of the experiments run in a second, to see that the command works."""
 
 
-def run(experiment: Path, overrides: Sequence[str], seeds: Sequence[int], folder: Path, small: bool) -> dict[str, Any]:
+def run(
+    experiment: Path, overrides: Sequence[str], seeds: Sequence[int], folder: Path, small: bool, jobs: int | None = None
+) -> dict[str, Any]:
     """Run one experiment over seeds into ``folder`` and return mean, deviation and seeds of what it reached."""
     words = [*overrides, *(small_overrides(experiment) if small else ()), f"seed={','.join(map(str, seeds))}"]
     print(f"+ fedkd simulate simulations/{experiment.relative_to(HERE)} {' '.join(words)}", file=sys.stderr, flush=True)
-    return {"seeds": list(seeds), "overrides": list(words), **measure(load(experiment, words), folder)[0]}
+    return {"seeds": list(seeds), "overrides": list(words), **measure(load(experiment, words), folder, jobs)[0]}
 
 
 def small_overrides(experiment: Path) -> list[str]:

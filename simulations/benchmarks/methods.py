@@ -67,13 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=HERE / "benchmarks" / "methods.json")
     parser.add_argument("--picture", type=Path, default=HERE.parent / "docs" / "methods.svg")
     parser.add_argument("--only", default=",".join(POINTS), help="comma list of rows; the others stay as they are")
+    parser.add_argument("--jobs", type=int, default=None, help="runs side by side")
     parser.add_argument("--small", action="store_true", help="one quick round on the bundled digits")
     words = parser.parse_args(argv)
     seeds = [int(s) for s in words.seeds.split(",")]
     rows: dict[str, dict[str, Any]] = json.loads(words.json.read_text())["rows"] if words.json.is_file() else {}
     for label in filter(None, words.only.split(",")):
         file, overrides = POINTS[label]
-        found = run(HERE / file, overrides, seeds, words.out / label, words.small)
+        found = run(HERE / file, overrides, seeds, words.out / label, words.small, words.jobs)
         rows[label] = {**found, "versions": made_with()}
         rows = {name: rows[name] for name in POINTS if name in rows}
         # After each row, so that an interrupted benchmark keeps what it has.
