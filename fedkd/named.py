@@ -30,7 +30,12 @@ def imported(path: str, what: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except Exception as cause:  # a user's module may raise anything
         reason = " ".join(str(cause).split())
-        raise ConfigError(f"{what} {path!r} cannot be imported: {reason or type(cause).__name__}") from cause
+        # A package of the user's that is not installed is found from its own folder alone.
+        hint = "; install its package, or put the folder that holds it on PYTHONPATH"
+        raise ConfigError(
+            f"{what} {path!r} cannot be imported: {reason or type(cause).__name__}"
+            f"{hint if isinstance(cause, ModuleNotFoundError) else ''}"
+        ) from cause
 
 
 def class_named(name: str, known: Mapping[str, str | type], base: type[T], what: str, home: str) -> type[T]:

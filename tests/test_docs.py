@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,17 +19,15 @@ def test_the_method_of_the_guide_runs_on_both_engines(tmp_path: Path, monkeypatc
     text = (ROOT / "docs/write-a-method.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert code
-    (tmp_path / "mymethod.py").write_text(code[1])
-    spec = importlib.util.spec_from_file_location("mymethod", tmp_path / "mymethod.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "mymethod", module)
-    spec.loader.exec_module(module)
+    (tmp_path / "mypackage").mkdir()
+    (tmp_path / "mypackage" / "__init__.py").touch()
+    (tmp_path / "mypackage" / "mymethod.py").write_text(code[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
     accuracy = []
     for kind in ("serial", "stacked"):
         experiment = validate(
             {
-                "algorithm": {"name": "mymethod:Confident", "power": 3},
+                "algorithm": {"name": "mypackage.mymethod:MyMethod", "power": 3},
                 "dtype": "float64",
                 "rounds": 4,
                 "runner": {"kind": kind},
