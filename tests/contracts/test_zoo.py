@@ -432,6 +432,26 @@ def test_fedkt_counts_a_party_only_where_all_its_students_agree() -> None:
     assert found["label/votes"].tolist()[:2] == [0, 1]  # two parties say 1 of the second sample, one says 2
 
 
+def test_fedkt_votes_go_through_the_noisy_count_and_the_ledger() -> None:
+    votes = {"algorithm": {"name": "fedkt", "partitions": 2, "subsets": 2, "sends": "votes"}, "rounds": 1}
+    played, tap = tapped(merged(TINY, votes))
+    assert all(p.tensors().keys() == {"votes"} for p, _ in tap.uploads(0, 16).values())
+    counts = sum(F.one_hot(p.tensors()["votes"], 10) for p, _ in tap.uploads(0, 16).values())
+    found = played.site.method.aggregate(collect([p for p, _ in tap.uploads(0, 16).values()]), server(), Sixteen())  # type: ignore[arg-type]
+    assert torch.equal(found.tensors()["label/votes"], counts.argmax(-1))  # type: ignore[attr-defined]
+    noisy = play(merged(merged(TINY, votes), {"privacy": {"kind": "votes", "epsilon": 8.0, "delta": 1e-5}}))
+    claim = noisy.site.mechanism.claim()
+    assert claim.unit == "client" and claim.epsilon is not None and 7 < claim.epsilon <= 8
+    with pytest.raises(ConfigError, match=r"sums of probabilities or votes; fedkt sends Bundle"):
+        assemble(merged(TINY, {"algorithm": "fedkt", "privacy": {"kind": "votes", "noise_multiplier": 1.0}}))
+
+
+class Sixteen:
+    """Stands for the server's tools where sixteen samples of ten classes were asked."""
+
+    asked, classes, dtype = np.arange(16), 10, torch.float64
+
+
 def test_fedkt_students_learn_the_majority_of_their_own_partition() -> None:
     class Crowd:
         def __getitem__(self, role: str) -> object:
