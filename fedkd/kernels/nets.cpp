@@ -41,11 +41,27 @@ template <class T> struct Lanes {
 
 template <class T> INLINE typename Lanes<T>::V load(const T* p) { return *(const typename Lanes<T>::U*)p; }
 template <class T> INLINE void store(T* p, typename Lanes<T>::V v) { *(typename Lanes<T>::U*)p = v; }
-template <class T> INLINE typename Lanes<T>::V fill(T x) { return typename Lanes<T>::V{} + x; }
-template <class T> INLINE T total(typename Lanes<T>::V v) {
-    T sum = 0;
-    for (int i = 0; i < Lanes<T>::N; i++) sum += v[i];
-    return sum;
+// x - 0 is x, whatever x is: the compiler drops it. x + 0 is not (-0 + 0 is 0), and an addition per broadcast costs a third of
+// what the units for products can do.
+template <class T> INLINE typename Lanes<T>::V fill(T x) { return x - typename Lanes<T>::V{}; }
+// The vector turned round by S places.
+template <class T, int S> INLINE typename Lanes<T>::V round(typename Lanes<T>::V v) {
+    constexpr int N = Lanes<T>::N;
+#ifdef __clang__
+    typename Lanes<T>::V to{};
+    UNROLL for (int i = 0; i < N; i++) to[i] = v[(i + S) % N];
+    return to;
+#else
+    typename Lanes<T>::I from{};
+    UNROLL for (int i = 0; i < N; i++) from[i] = (i + S) % N;
+    return __builtin_shuffle(v, from);
+#endif
+}
+// Halves are added to halves: in order, one after the other, a sum would wait for each of its terms.
+template <class T, int S = Lanes<T>::N / 2> INLINE T total(typename Lanes<T>::V v) {
+    v += round<T, S>(v);
+    if constexpr (S > 1) return total<T, S / 2>(v);
+    return v[0];
 }
 template <class T> i64 whole(i64 n) { return (n + Lanes<T>::N - 1) / Lanes<T>::N * Lanes<T>::N; }
 
@@ -137,7 +153,7 @@ template <class T> void turn(const T* src, i64 rows, i64 real, i64 cols, i64 lds
         for (i64 c = 0; c < cols; c++) dst[c * ldd + r] = r < real ? src[r * lds + c] : T(0);
 }
 
-#if WIDTH == 32
+#if WIDTH == 32 && !defined(__clang__)  // clang has no __builtin_shuffle
 typedef float F8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t I8 __attribute__((vector_size(32)));
 // The compiler does not find the eight-by-eight transpose by itself, and small nets spend a tenth of their time on it.
@@ -288,28 +304,22 @@ template <class T> struct Owned {
 
 // ---- convolution ---------------------------------------------------------------------------------------------------
 template <class T, int MR, int NV>
-INLINE void conv_tile(const Layer& l, const T* x, const T* weight, const T* bias, T* y, i64 plane, i64 ldx, i64 hop, i64 cap,
-                      bool clip) {
-    // x points at the run's first input, y at its first output; plane, ldx: input channel and row distances.
+INLINE void conv_tile(const T* x, const i64* place, i64 taps, const T* weight, const T* bias, T* y, i64 hop, bool clip) {
+    // x points at the run's first input, y at its first output; place: where each tap's input lies from there.
     using V = typename Lanes<T>::V;
     constexpr int W = Lanes<T>::N;
     V acc[MR][NV];
     UNROLL for (int r = 0; r < MR; r++)
         UNROLL for (int j = 0; j < NV; j++) acc[r][j] = bias ? fill<T>(bias[r]) : V{};
-    i64 taps = l.c * l.kh * l.kw;
-    const T* w = weight;
-    for (i64 c = 0; c < l.c; c++)
-        for (i64 i = 0; i < l.kh; i++) {
-            const T* p = x + c * plane + i * ldx;
-            for (i64 j = 0; j < l.kw; j++, p += cap, w++) {
-                V v[NV];
-                UNROLL for (int n = 0; n < NV; n++) v[n] = load(p + n * W);
-                UNROLL for (int r = 0; r < MR; r++) {
-                    V a = fill<T>(w[r * taps]);
-                    UNROLL for (int n = 0; n < NV; n++) acc[r][n] += a * v[n];
-                }
-            }
+    for (i64 t = 0; t < taps; t++) {
+        const T* p = x + place[t];
+        V v[NV];
+        UNROLL for (int n = 0; n < NV; n++) v[n] = load(p + n * W);
+        UNROLL for (int r = 0; r < MR; r++) {
+            V a = fill<T>(weight[r * taps + t]);
+            UNROLL for (int n = 0; n < NV; n++) acc[r][n] += a * v[n];
         }
+    }
     UNROLL for (int r = 0; r < MR; r++)
         UNROLL for (int n = 0; n < NV; n++) {
             V v = acc[r][n];
@@ -319,12 +329,12 @@ INLINE void conv_tile(const Layer& l, const T* x, const T* weight, const T* bias
 }
 
 template <class T, int NV>
-void conv_band(const Layer& l, const T* x, const T* weight, const T* bias, T* y, i64 plane, i64 ldx, i64 hop, i64 cap, bool clip) {
+void conv_band(const Layer& l, const T* x, const i64* place, const T* weight, const T* bias, T* y, i64 hop, bool clip) {
     constexpr int MR = REGISTERS / NV;
     i64 taps = l.c * l.kh * l.kw, o = 0;
 #define ROWS(R)                                                                                                      \
     for (; o + R <= l.o; o += R)                                                                                     \
-        conv_tile<T, R, NV>(l, x, weight + o * taps, bias ? bias + o : nullptr, y + o * hop, plane, ldx, hop, cap, clip);
+        conv_tile<T, R, NV>(x, place, taps, weight + o * taps, bias ? bias + o : nullptr, y + o * hop, hop, clip);
     ROWS(MR)
     if constexpr (MR > 4) { ROWS(4) }
     if constexpr (MR > 2) { ROWS(2) }
@@ -352,7 +362,12 @@ void conv_forward(const Layer& l, const T* x, T* pad, const T* weight, const T* 
             }
         in = pad;
     }
-    i64 plane = hp * wp * cap, ldx = wp * cap, hop = l.oh * l.ow * cap;
+    i64 ldx = wp * cap, hop = l.oh * l.ow * cap;
+    std::vector<i64> places(l.c * l.kh * l.kw);
+    i64* place = places.data();
+    for (i64 c = 0, t = 0; c < l.c; c++)
+        for (i64 i = 0; i < l.kh; i++)
+            for (i64 j = 0; j < l.kw; j++, t++) place[t] = ((c * hp + i) * wp + j) * cap;
     bool runs = l.sw == 1;
     i64 length = runs ? l.ow * cap : cap;
     for (i64 i = 0; i < l.oh; i++)
@@ -361,43 +376,65 @@ void conv_forward(const Layer& l, const T* x, T* pad, const T* weight, const T* 
             T* to = y + (i * l.ow + j) * cap;
             i64 n = 0;
             for (; n + 4 * W <= length; n += 4 * W)
-                conv_band<T, 4>(l, from + n, weight, bias, to + n, plane, ldx, hop, cap, clip);
+                conv_band<T, 4>(l, from + n, place, weight, bias, to + n, hop, clip);
             switch ((length - n) / W) {
-                case 1: conv_band<T, 1>(l, from + n, weight, bias, to + n, plane, ldx, hop, cap, clip); break;
-                case 2: conv_band<T, 2>(l, from + n, weight, bias, to + n, plane, ldx, hop, cap, clip); break;
-                case 3: conv_band<T, 3>(l, from + n, weight, bias, to + n, plane, ldx, hop, cap, clip); break;
+                case 1: conv_band<T, 1>(l, from + n, place, weight, bias, to + n, hop, clip); break;
+                case 2: conv_band<T, 2>(l, from + n, place, weight, bias, to + n, hop, clip); break;
+                case 3: conv_band<T, 3>(l, from + n, place, weight, bias, to + n, hop, clip); break;
                 default: break;
             }
         }
 }
 
+// How many output channels and taps a block of the weights' gradient takes: their sums must fit the registers.
+#if REGISTERS == 24
+#define BLOCK_OUT 6
+#define BLOCK_TAPS 4
+#else
+#define BLOCK_OUT 3
+#define BLOCK_TAPS 4
+#endif
+
+// The next part of `left` things that are taken at most `most` at a time, in as few and as equal parts as may be.
+INLINE i64 even_part(i64 left, i64 most) {
+    i64 parts = (left + most - 1) / most;
+    return (left + parts - 1) / parts;
+}
+
+// acc[r][t] += the sum over `lines` lines of `vectors` vectors of g[r] x[t]; lines lie gl and xl elements apart.
 template <class T, int OR, int NT>
-INLINE void conv_dot(const T* const* g, const T* const* x, i64 vectors, typename Lanes<T>::V* acc) {
+INLINE void conv_dot(const T* const* g, const T* const* x, i64 lines, i64 vectors, i64 gl, i64 xl, typename Lanes<T>::V* acc) {
     using V = typename Lanes<T>::V;
     constexpr int W = Lanes<T>::N;
     V a[OR][NT];
     UNROLL for (int r = 0; r < OR; r++)
         UNROLL for (int t = 0; t < NT; t++) a[r][t] = acc[r * NT + t];
-    for (i64 n = 0; n < vectors; n++) {
-        V v[NT];
-        UNROLL for (int t = 0; t < NT; t++) v[t] = load(x[t] + n * W);
-        UNROLL for (int r = 0; r < OR; r++) {
-            V d = load(g[r] + n * W);
-            UNROLL for (int t = 0; t < NT; t++) a[r][t] += d * v[t];
+    for (i64 i = 0; i < lines; i++)
+        for (i64 n = 0; n < vectors; n++) {
+            V v[NT];
+            UNROLL for (int t = 0; t < NT; t++) v[t] = load(x[t] + i * xl + n * W);
+            UNROLL for (int r = 0; r < OR; r++) {
+                V d = load(g[r] + i * gl + n * W);
+                UNROLL for (int t = 0; t < NT; t++) a[r][t] += d * v[t];
+            }
         }
-    }
     UNROLL for (int r = 0; r < OR; r++)
         UNROLL for (int t = 0; t < NT; t++) acc[r * NT + t] = a[r][t];
 }
 
-template <class T, int OR>
-void conv_dots(int taps, const T* const* g, const T* const* x, i64 vectors, typename Lanes<T>::V* acc) {
-    switch (taps) {
-        case 4: conv_dot<T, OR, 4>(g, x, vectors, acc); break;
-        case 3: conv_dot<T, OR, 3>(g, x, vectors, acc); break;
-        case 2: conv_dot<T, OR, 2>(g, x, vectors, acc); break;
-        default: conv_dot<T, OR, 1>(g, x, vectors, acc);
-    }
+template <class T, int OR, int NT = BLOCK_TAPS>
+void conv_dots(int taps, const T* const* g, const T* const* x, i64 lines, i64 vectors, i64 gl, i64 xl, typename Lanes<T>::V* acc) {
+    if constexpr (NT > 1)
+        if (taps < NT) return conv_dots<T, OR, NT - 1>(taps, g, x, lines, vectors, gl, xl, acc);
+    conv_dot<T, OR, NT>(g, x, lines, vectors, gl, xl, acc);
+}
+
+template <class T, int OR = BLOCK_OUT>
+void conv_block(int outs, int taps, const T* const* g, const T* const* x, i64 lines, i64 vectors, i64 gl, i64 xl,
+                typename Lanes<T>::V* acc) {
+    if constexpr (OR > 1)
+        if (outs < OR) return conv_block<T, OR - 1>(outs, taps, g, x, lines, vectors, gl, xl, acc);
+    conv_dots<T, OR>(taps, g, x, lines, vectors, gl, xl, acc);
 }
 
 template <class T>
@@ -407,54 +444,59 @@ void conv_weights(const Layer& l, const T* in, const T* g, T* gw, T* gb, i64 cap
     i64 hp = l.h + 2 * l.ph, wp = l.w + 2 * l.pw, taps = l.c * l.kh * l.kw, hop = l.oh * l.ow * cap;
     V* acc = (V*)scratch;
     for (i64 n = 0; n < l.o * taps; n++) acc[n] = V{};
+    // Where columns do not stride, a line of outputs is one long run; a few lines at a time pay for fetching the sums.
     bool runs = l.sw == 1;
-    i64 vectors = (runs ? l.ow * cap : cap) / W;
+    i64 vectors = (runs ? l.ow * cap : cap) / W, ahead = runs ? std::max<i64>(1, 700 / (vectors * l.o)) : 1;
     std::vector<i64> place(taps);
     for (i64 c = 0, t = 0; c < l.c; c++)
         for (i64 i = 0; i < l.kh; i++)
             for (i64 j = 0; j < l.kw; j++, t++) place[t] = ((c * hp + i) * wp + j) * cap;
-    for (i64 i = 0; i < l.oh; i++)
+    for (i64 i = 0; i < l.oh; i += ahead)
         for (i64 j = 0; j < (runs ? 1 : l.ow); j++) {
+            i64 lines = std::min(ahead, l.oh - i);
             const T* from = in + (i * l.sh * wp + j * l.sw) * cap;
             const T* rows = g + (i * l.ow + j) * cap;
             V* at = acc;
-            for (i64 o = 0; o < l.o;) {
-                int r = int(std::min<i64>(3, l.o - o));
-                const T* gs[3];
-                for (int n = 0; n < r; n++) gs[n] = rows + (o + n) * hop;
-                for (i64 t = 0; t < taps;) {
-                    int k = int(std::min<i64>(4, taps - t));
-                    const T* xs[4];
-                    for (int n = 0; n < k; n++) xs[n] = from + place[t + n];
-                    if (r == 3) conv_dots<T, 3>(k, gs, xs, vectors, at);
-                    else if (r == 2) conv_dots<T, 2>(k, gs, xs, vectors, at);
-                    else conv_dots<T, 1>(k, gs, xs, vectors, at);
+            // The gradients of these lines stay in the first cache while the taps pass by.
+            for (i64 t = 0; t < taps;) {
+                int k = int(even_part(taps - t, BLOCK_TAPS));
+                const T* xs[BLOCK_TAPS];
+                for (int n = 0; n < k; n++) xs[n] = from + place[t + n];
+                for (i64 o = 0; o < l.o;) {
+                    int r = int(even_part(l.o - o, BLOCK_OUT));
+                    const T* gs[BLOCK_OUT];
+                    for (int n = 0; n < r; n++) gs[n] = rows + (o + n) * hop;
+                    conv_block<T>(r, k, gs, xs, lines, vectors, l.ow * cap, l.sh * wp * cap, at);
                     at += r * k;
-                    t += k;
+                    o += r;
                 }
-                o += r;
+                t += k;
             }
         }
     V* at = acc;
-    for (i64 o = 0; o < l.o;) {
-        i64 r = std::min<i64>(3, l.o - o);
-        for (i64 t = 0; t < taps;) {
-            i64 k = std::min<i64>(4, taps - t);
+    for (i64 t = 0; t < taps;) {
+        i64 k = even_part(taps - t, BLOCK_TAPS);
+        for (i64 o = 0; o < l.o;) {
+            i64 r = even_part(l.o - o, BLOCK_OUT);
             for (i64 n = 0; n < r; n++)
                 for (i64 m = 0; m < k; m++) {
                     T& to = gw[(o + n) * taps + t + m];
                     T sum = total<T>(*at++);
                     to = add ? to + sum : sum;
                 }
-            t += k;
+            o += r;
         }
-        o += r;
+        t += k;
     }
     if (gb)
         for (i64 o = 0; o < l.o; o++) {
-            V sum{};
-            for (i64 n = 0; n < hop; n += W) sum += load(g + o * hop + n);
-            gb[o] = (add ? gb[o] : T(0)) + total<T>(sum);
+            // Four sums at a time: one alone would wait for each of its additions.
+            V sum[4]{};
+            i64 n = 0;
+            for (; n + 4 * W <= hop; n += 4 * W)
+                UNROLL for (int q = 0; q < 4; q++) sum[q] += load(g + o * hop + n + q * W);
+            for (; n < hop; n += W) sum[0] += load(g + o * hop + n);
+            gb[o] = (add ? gb[o] : T(0)) + total<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
         }
 }
 
@@ -494,6 +536,7 @@ template <class T, int NV> void back_band(const Layer& l, const T* g, const T* w
     i64 c = 0, plane = l.h * l.w * cap;
 #define ROWS(R) for (; c + R <= l.c; c += R) back_tile<T, R, NV>(l, g, weight, to + c * plane, c, y, x, cap);
     ROWS(MR)
+    if constexpr (MR > 6) { ROWS(6) }
     if constexpr (MR > 4) { ROWS(4) }
     if constexpr (MR > 2) { ROWS(2) }
     ROWS(1)
@@ -543,7 +586,9 @@ template <class T> void maxpool_forward(const Layer& l, const T* x, T* y, T* whe
             }
 }
 
-template <class T> void maxpool_backward(const Layer& l, const T* g, const T* where, T* gx, i64 cap) {
+// y: the layer's output where the one before it clips at zero, else null. Its maxima are above zero exactly where that layer's
+// outputs were, so that it clips the gradients here, where they are few.
+template <class T> void maxpool_backward(const Layer& l, const T* g, const T* where, const T* y, T* gx, i64 cap) {
     using V = typename Lanes<T>::V;
     using I = typename Lanes<T>::I;
     constexpr int W = Lanes<T>::N;
@@ -557,6 +602,7 @@ template <class T> void maxpool_backward(const Layer& l, const T* g, const T* wh
                 i64 from = ((c * l.oh + i) * l.ow + j) * cap;
                 for (i64 n = 0; n < cap; n += W) {
                     V d = load(g + from + n);
+                    if (y) d = load(y + from + n) > V{} ? d : V{};
                     I tap = (I)load(where + from + n);
                     for (i64 a = 0; a < l.kh; a++)
                         for (i64 b = 0; b < l.kw; b++) {
@@ -735,12 +781,14 @@ T* backward(const Net& net, const Weights<T>& w, T* const* grads, Space<T>& spac
     using V = typename Lanes<T>::V;
     i64 cap = space.cap;
     T *g = space.grad[0], *other = space.grad[1];
+    bool clipped = false;  // whether the layer that came before has clipped this one's gradients
     for (i64 k = net.layers - 1; k >= 0; k--) {
         const Layer& l = net.layer[k];
         const T *x = space.out[k], *y = space.out[k + 1];
         bool further = want_x || k > 0;
-        if (l.clip)
+        if (l.clip && !clipped)
             for (i64 a = 0; a < l.out() * cap; a += W) store(g + a, load(y + a) > V{} ? load(g + a) : V{});
+        clipped = false;
         switch (l.kind) {
             case LINEAR: {
                 i64 in = l.in(), ld = whole<T>(in);
@@ -772,7 +820,10 @@ T* backward(const Net& net, const Weights<T>& w, T* const* grads, Space<T>& spac
             case RELU:
                 for (i64 a = 0; a < l.in() * cap; a += W) store(other + a, load(y + a) > V{} ? load(g + a) : V{});
                 break;
-            case MAXPOOL: maxpool_backward(l, g, space.aux[k], other, cap); break;
+            case MAXPOOL:
+                clipped = k > 0 && net.layer[k - 1].clip;
+                maxpool_backward(l, g, space.aux[k], clipped ? y : nullptr, other, cap);
+                break;
             case AVGPOOL: avgpool_backward(l, g, other, cap); break;
             case NORM:
                 norm_backward(l, x, g, further ? other : nullptr, space.aux[k], of(w.p, l.weight), of(grads, l.weight),
