@@ -80,6 +80,8 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
     for helper in summary.get("assistants", ()):
         said = "" if helper["accuracy"] is None else f"{100 * helper['accuracy']:.2f} %  "
         lines.append(("assistant", f"{said}({helper['parameters']:,} parameters, {helper['model']})"))
+    if summary.get("nearest_mean") is not None:
+        lines.append(("nearest mean", f"{100 * summary['nearest_mean']:.2f} %  ({summary['memory']} exemplars)"))
     if summary.get("members"):
         lines.append(("members", ", ".join(f"{100 * m:.2f} %" for m in summary["members"])))
     seen = "synthetic" if summary.get("method") else "training"

@@ -111,6 +111,23 @@ class OnlineConfig(Section):
         return self
 
 
+class ExemplarsConfig(Section):
+    """New classes are learnt beside old ones, whose records are gone: see `fedkd.distill.exemplars`."""
+
+    old: tuple[int, ...] = Field(
+        min_length=1,
+        description="Classes that the teacher knows. The student starts as the teacher, and learns the others.",
+    )
+    kind: Literal["synthetic", "raw", "none"] = Field(
+        "synthetic", description="What stands for old classes: made inputs, herded records (which leak), or nothing."
+    )
+    per_class: int = Field(10, ge=1, description="Exemplars of each old class.")
+    group: int = Field(10, ge=2, description="synthetic: fewest records whose mean an exemplar stands for.")
+    steps: int = Field(200, ge=1, description="synthetic: gradient steps by which they are made.")
+    layer: str = Field("body", description="Layer whose output is taken for features.")
+    relation: float = Field(0.0, ge=0, description="Weight of the exemplar relation graph's loss.")
+
+
 class GraphConfig(Section):
     """A graph: a net that sees its edges teaches a perceptron that does not. See `fedkd.graphs.taught`."""
 
@@ -175,6 +192,9 @@ class DistillExperiment(Section):
         description="A graph in place of `data`: student=mlp(hidden=[128], dropout=0.6) without edges, "
         "teacher=sage(hidden=[128]) or gcn(hidden=[64], dropout=0.8).",
     )
+    exemplars: ExemplarsConfig | None = Field(
+        None, description="New classes beside old ones by a memory of exemplars; `student` is the teacher's model."
+    )
     scenes: ScenesConfig | None = Field(None, description="Segment or detect in scenes of the images of `data`.")
     omit: tuple[int, ...] = Field((), description="Classes left out of what the student sees (Hinton's omitted digit).")
     labels: bool = Field(True, description="False: the student's records have no labels, the teacher's must do.")
@@ -237,39 +257,9 @@ class DistillExperiment(Section):
             raise ConfigError(
                 "`online` brings its own loss and needs labels: leave out method, terms, assistants, inputs"
             )
+        self._one_kind()
         if self.graph is not None:
-            if (
-                self.data is not None
-                or not self.labels
-                or len(self.teacher) > 1
-                or self.teacher[0].model is None
-                or any(
-                    (
-                        self.method,
-                        self.inputs,
-                        self.online,
-                        self.assistants,
-                        self.omit,
-                        self.terms,
-                        self.partner,
-                        self.scenes,
-                    )
-                )
-            ):
-                raise ConfigError(
-                    "`graph` brings data and terms of its own, and trains one teacher: leave out data, terms, method, "
-                    "inputs, online, assistants, omit, labels, partner and scenes"
-                )
             return self
-        special = "partner" if self.partner is not None else "scenes"
-        if self.partner is not None or self.scenes is not None:
-            if self.data is None or not self.labelled or self.online is not None or self.assistants or self.omit:
-                raise ConfigError(
-                    f"`{special}` needs labelled `data` and a teacher of its own kind: leave out method, inputs, online, "
-                    "assistants, omit and labels=false"
-                )
-            if self.partner is not None and self.scenes is not None:
-                raise ConfigError("scenes have no partners: give `partner` or `scenes`, not both")
         if self.method is not None and self.assistants:
             raise ConfigError("`method` teaches the student alone: leave out assistants")
         if self.data is None and self.method is None and self.inputs is None:
@@ -285,6 +275,28 @@ class DistillExperiment(Section):
                 "unlabelled inputs cannot train a teacher: give teacher=FILE or teacher=grpcs://host:port"
             )
         return self
+
+    def _one_kind(self) -> None:
+        """Refuse what does not go with the sections that change what is learnt."""
+        kinds = [n for n in ("graph", "partner", "scenes", "exemplars", "online") if getattr(self, n) is not None]
+        if len(kinds) > 1:
+            raise ConfigError(f"give one of {' and '.join(kinds)}: each is a task of its own")
+        if not kinds or kinds == ["online"]:
+            return
+        (kind,), own = kinds, kinds[0] in ("graph", "exemplars")
+        unfit = {
+            "method": self.method, "inputs": self.inputs, "assistants": self.assistants, "omit": self.omit,
+            "labels=false": not self.labels, "terms": own and self.terms, "several teachers": own and len(self.teacher) > 1,
+            "data": kind == "graph" and self.data, "data=none": kind != "graph" and self.data is None,
+        }  # fmt: skip
+        given = [name for name, value in unfit.items() if value]
+        if given:
+            raise ConfigError(f"`{kind}` does not go with {', '.join(given)}: leave it out")
+        model = self.teacher[0].model
+        if kind == "graph" and model is None:
+            raise ConfigError("`graph` trains its teacher here: name it, as in teacher=sage(hidden=[128])")
+        if kind == "exemplars" and model is not None and model != self.student:
+            raise ConfigError(f"the student starts as the teacher: name one model, not {self.student} and {model}")
 
     @property
     def labelled(self) -> bool:

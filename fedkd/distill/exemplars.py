@@ -8,8 +8,9 @@ Letters: N records, M exemplars, C classes, D features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -211,6 +212,8 @@ def extend(
     neighbours: int = 5,
     fit: Fit | None = None,
     seed: int = 1,
+    checkpoint: Path | None = None,
+    watch: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
     """Teach ``model`` new classes from ``new`` records, and keep it to the old ones by ``old`` and a memory.
 
@@ -222,6 +225,7 @@ def extend(
         memory: exemplars of the old classes; None for none. As many of them as of a new class are in every batch.
         distil: the distilling term on logits; by default KD at T = 2, weight 1.
         layer: module path of the features that the relation graph compares.
+        checkpoint, watch: see :meth:`fedkd.distill.loop.Loop.run`.
     Raises:
         ConfigError: the new records have no labels, or a relation is asked for without a memory.
     """
@@ -257,4 +261,18 @@ def extend(
         return found
 
     with still(old), Taps(model, [layer]) as taps:
-        return Loop({"student": model}, new.size, step, fit=how, seed=seed).run()
+        loop = Loop({"student": model}, new.size, step, fit=how, seed=seed)
+        return loop.run(checkpoint=checkpoint, watch=watch)
+
+
+def nearest_mean(
+    model: nn.Module, layer: str, memory: Memory, new: Records, per_class: int, classes: int
+) -> NearestMean:
+    """Return the classifier by nearest means of a memory of old classes and of herded records of new ones.
+
+    Args:
+        new: labelled records, which are still here; ``per_class`` of each class are herded.
+    """
+    fresh = remember(model, layer, new, per_class, kind="raw")
+    x, y = torch.cat([memory.x, fresh.x]), torch.cat([memory.y, fresh.y])
+    return NearestMean.of(features_of(model, layer, Records.of(x, y)), y, classes)

@@ -18,7 +18,14 @@ from fedkd.data import load as load_data
 from fedkd.data.dataset import Dataset
 from fedkd.distill.assistants import between
 from fedkd.distill.cache import data_identity
-from fedkd.distill.config import DistillExperiment, FitConfig, OnlineConfig, ScenesConfig, TeacherConfig
+from fedkd.distill.config import (
+    DistillExperiment,
+    ExemplarsConfig,
+    FitConfig,
+    OnlineConfig,
+    ScenesConfig,
+    TeacherConfig,
+)
 from fedkd.distill.crossmodal import Pairs, pairs, partners
 from fedkd.distill.distiller import Distiller, accuracy
 from fedkd.distill.inputs import unlabelled
@@ -163,6 +170,12 @@ class _Work:
             )
         self.bounds = split.train.bounds
         self.full = records(split.train)
+        if experiment.exemplars is not None:
+            if any(c not in range(self.task.classes) for c in experiment.exemplars.old):
+                raise ConfigError(f"exemplars.old: the data have classes 0 to {self.task.classes - 1}")
+            old = np.isin(split.train.y, experiment.exemplars.old)
+            self.full, self.train = (records(split.train.select(np.flatnonzero(part))) for part in (old, ~old))
+            return
         seen = np.flatnonzero(~np.isin(split.train.y, experiment.omit))
         self.train = records(split.train.select(seen)) if experiment.omit else self.full
         if not experiment.labels:
@@ -205,7 +218,10 @@ class _Work:
         if self.pairs is not None:
             members = [(self._side(t, self.pairs), w) for t, w in members]
             teacher = members[0][0] if len(members) == 1 else EnsembleTeacher(members, experiment.mix)
-        seen, log, beside = self._distil(teacher) if experiment.method is None else self._make(teacher)
+        if experiment.exemplars is not None:
+            seen, log, beside = self._extend(teacher, experiment.exemplars)
+        else:
+            seen, log, beside = self._distil(teacher) if experiment.method is None else self._make(teacher)
         summary = {
             "schema": 1,
             "kind": "distill",
@@ -296,6 +312,38 @@ class _Work:
         )
         self._fit(distiller, seen, "student", experiment.training)
         return seen, distiller.log, {"assistants": helpers}
+
+    def _extend(self, teacher: Teacher, config: ExemplarsConfig) -> tuple[Records, list[Epoch], dict[str, Any]]:
+        """Teach new classes to a student that starts as the teacher of the old ones."""
+        from fedkd.distill.exemplars import extend, features_of, nearest_mean, remember
+
+        experiment, task = self.experiment, self.task
+        assert self.train is not None and self.full is not None and isinstance(task, Classify)
+        if not isinstance(teacher, ModuleTeacher):
+            raise ConfigError("`exemplars` needs a teacher that is a torch model: the student starts as a copy of it")
+        try:
+            self.student.load_state_dict(teacher.module.state_dict())
+        except RuntimeError as cause:
+            raise ConfigError(
+                f"the student starts as the teacher, and {experiment.student} is another model"
+            ) from cause
+        memory = None
+        if config.kind != "none":
+            memory = remember(
+                teacher.module, config.layer, self.full, config.per_class, kind=config.kind, group=config.group,
+                steps=config.steps, bounds=self.bounds, seed=experiment.seed,
+            )  # fmt: skip
+        log = extend(
+            self.student, teacher.module, self.train, memory, config.old, layer=config.layer, relation=config.relation,
+            fit=experiment.training.fit, seed=experiment.seed, checkpoint=self._place("student"),
+            watch=self._watcher("student", experiment.training),
+        )  # fmt: skip
+        nearest = None
+        if memory is not None and task.test is not None and task.test.y is not None:
+            rule = nearest_mean(self.student, config.layer, memory, self.train, config.per_class, task.classes)
+            found = rule(features_of(self.student, config.layer, task.test)).argmax(1)
+            nearest = float((found == task.test.y).double().mean())
+        return self.train, log, {"memory": config.kind, "nearest_mean": nearest}
 
     def _seeing(self, student: nn.Module) -> nn.Module:
         """Return the student as it sees the records of the training."""

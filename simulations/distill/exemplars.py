@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.distill import Distiller, Fit, Records, Term, accuracy
-from fedkd.distill.exemplars import Memory, NearestMean, extend, features_of, remember
+from fedkd.distill.exemplars import Memory, extend, features_of, nearest_mean, remember
 from fedkd.losses import CrossEntropy
 from simulations.distill.common import Report, images, model, options, subset
 
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             extend(net, before, news, memory, old_classes, layer=LAYER, relation=relation, fit=how, seed=seed)
             scores = _scores(net, data.test_x, data.test_y)
             if memory is not None:
-                scores["nearest"] = _nearest(net, memory, news, per_class, data.test_x, data.test_y)
+                rule = nearest_mean(net, LAYER, memory, news, per_class, 10)
+                told = rule(features_of(net, LAYER, Records.of(data.test_x, data.test_y))).argmax(1)
+                scores["nearest"] = float(np.mean((told == data.test_y).numpy()))
             report.add(row, **scores)
         both = model(name, data.shape, 10, "exemplars", seed)
         Distiller(both, None, [Term(CrossEntropy(), 1.0)], fit=how, seed=seed).fit(
@@ -75,17 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _scores(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     parts = {"head": y >= 0, "old": y < 5, "new": y >= 5}
     return {name: accuracy(net, Records.of(x[rows], y[rows])) for name, rows in parts.items()}
-
-
-def _nearest(net: nn.Module, memory: Memory, new: Records, per_class: int, x: Tensor, y: Tensor) -> float:
-    """Accuracy by nearest means: of the memory for old digits, of herded records for new ones, which are still here."""
-    assert new.y is not None
-    fresh = remember(net, LAYER, new, per_class, kind="raw")
-    known = Records.of(torch.cat([memory.x, fresh.x]), torch.cat([memory.y, fresh.y]))
-    assert known.y is not None
-    rule = NearestMean.of(features_of(net, LAYER, known), known.y, 10)
-    found = rule(features_of(net, LAYER, Records.of(x, y))).argmax(1)
-    return float(np.mean((found == y).numpy()))
 
 
 if __name__ == "__main__":

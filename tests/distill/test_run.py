@@ -54,10 +54,13 @@ def test_the_command_teaches_and_keeps_a_folder(tmp_path: Path, monkeypatch: pyt
         "teacher={model: 'mlp(hidden=[32])', training: {epochs: 2}}",
         "online={kind: one, stage: body.1, members: 2, ramp: 3}",
         "online={kind: dml, members: 2}",
+        "exemplars={old: [0, 1, 2, 3, 4], per_class: 2, steps: 5, relation: 2.0}",
     ],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(way: str, tmp_path: Path) -> None:
     raw = [way, "training.epochs=4", "student=mlp(hidden=[8], dropout=0.2)", "data.train_size=300"]
+    if way.startswith("exemplars"):
+        raw.append("teacher={model: 'mlp(hidden=[8], dropout=0.2)', training: {epochs: 2}}")
     ((_, experiment),) = load(None, raw)
     whole = start(experiment, tmp_path / "whole")
 
@@ -140,7 +143,7 @@ def test_maps_of_scenes_are_taught(task: str, net: str, tmp_path: Path) -> None:
     assert again["accuracy"]["teacher"] == summary["accuracy"]["student"]
     with pytest.raises(ConfigError, match="for a scene, expected"):
         start(load(None, [*words[:2], "student=mlp"])[0][1], tmp_path / "wrong")
-    with pytest.raises(ConfigError, match="leave out"):
+    with pytest.raises(ConfigError, match="does not go with assistants"):
         load(None, [*words, "assistants=auto"])
 
 
@@ -194,5 +197,27 @@ def test_a_graph_is_taught(task: str, words: list[str], tmp_path: Path) -> None:
         start(load(None, [wrong, *words[1:]])[0][1], tmp_path / "wrong")
     with pytest.raises(ConfigError, match="on a graph expected"):
         start(load(None, [graph, "student=lenet"])[0][1], tmp_path / "wrong2")
-    with pytest.raises(ConfigError, match="brings data and terms"):
+    with pytest.raises(ConfigError, match="does not go with data"):
         load(None, [graph, "data=digits"])
+
+
+def test_new_classes_beside_old_ones(tmp_path: Path) -> None:
+    words = [
+        "student=mlp(hidden=[32])",
+        "teacher={model: 'mlp(hidden=[32])', training: {epochs: 6}}",
+        "training.epochs=6",
+    ]
+    way = "exemplars={old: [0, 1, 2, 3, 4], per_class: 4, steps: 60, kind: KIND}"
+    done = CliRunner().invoke(
+        app, ["distill", *words, way.replace("KIND", "synthetic"), "alone=false", "--out", str(tmp_path / "run")]
+    )
+    assert done.exit_code == 0 and "nearest mean" in done.output, done.output
+    kept = json.loads((tmp_path / "run/summary.json").read_text())
+    lost = start(load(None, [*words, way.replace("KIND", "none"), "alone=false"])[0][1], tmp_path / "none").summary
+    assert kept["memory"] == "synthetic" and kept["nearest_mean"] > 0.5 and lost["nearest_mean"] is None
+    old = [np.mean(run["accuracy_by_class"]["student"][:5]) for run in (kept, lost)]
+    assert old[0] > old[1] + 0.1 and np.mean(kept["accuracy_by_class"]["student"][5:]) > 0.5
+    with pytest.raises(ConfigError, match="name one model"):
+        load(None, [way.replace("KIND", "raw"), "student=mlp", "teacher=logreg"])
+    with pytest.raises(ConfigError, match="classes 0 to 9"):
+        start(load(None, ["exemplars={old: [12]}", "student=mlp", "teacher=mlp"])[0][1], tmp_path / "wrong")
