@@ -710,6 +710,23 @@ def _short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def last_folder(root: Path, name: str) -> Path:
+    """Return the last of ``root/name``, ``root/name-2``, ... that exists.
+
+    Raises:
+        FedkdError: there is none.
+    """
+    last = None
+    for i in range(1, 100_000):
+        path = root / (name if i == 1 else f"{name}-{i}")
+        if not path.exists():
+            break
+        last = path
+    if last is None:
+        raise FedkdError(f"{root} holds no run called {name}: start it, or name the folder of the run")
+    return last
+
+
 def fresh_folder(root: Path, name: str) -> Path:
     """Return the first of ``root/name``, ``root/name-2``, ... that does not exist."""
     for i in range(1, 100_000):

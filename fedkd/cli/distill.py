@@ -21,14 +21,19 @@ def register(app: typer.Typer) -> None:
 def distill(
     words: Annotated[
         list[str] | None,
-        typer.Argument(help="An experiment (YAML file) and overrides: key=value; a comma list is a sweep."),
+        typer.Argument(
+            help="An experiment (YAML file) and overrides: key=value; a comma list is a sweep. With --resume, a run's folder "
+            "will do."
+        ),
     ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")] = None,
     assistants: Annotated[
         str | None,
         typer.Option(help="Nets between teacher and student: auto, or names with ; between them, from large to small."),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with an interrupted run in this folder.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run: its folder, or the words by which it was started.")
+    ] = False,
 ) -> None:
     """Teach a student by a teacher: a checkpoint, an ONNX file, a service, or a model that is trained here first.
 
@@ -37,28 +42,31 @@ def distill(
     from fedkd.cli.main import err, out, split
     from fedkd.distill import run
     from fedkd.distill.config import load
-    from fedkd.simulate import fresh_folder
+    from fedkd.simulate import fresh_folder, last_folder
 
     def watch(stage: str, epoch: Epoch, epochs: int) -> None:
         parts = ", ".join(f"{name} {value:.4g}" for name, value in epoch.terms.items())
         out.print(f"{stage}  epoch {epoch.epoch + 1}/{epochs}  loss {epoch.total:.4g}  ({parts})", highlight=False)
 
-    folder = resume
+    folder: Path | None = None
     try:
-        if resume is not None:
-            if words or assistants:
-                raise typer.BadParameter("--resume goes on with what the folder says; it takes no other words")
-            tell(run.resume(resume, watch).summary, resume)
+        given = [Path(w) for w in words] if words else [to] if to is not None else []
+        if resume and len(given) == 1 and (given[0] / run.CONFIG).is_file():
+            folder = given[0]
+            tell(run.resume(folder, watch).summary, folder)
             return
         path, overrides = split(words)
         if assistants is not None:
             names = [n.strip() for n in assistants.split(";")]
             overrides.append("assistants=" + ("auto" if names == ["auto"] else json.dumps(names)))
         points = load(path, overrides)
-        root = to if to is not None else fresh_folder(Path("runs"), points[0][1].name)
+        root = to
+        if root is None:
+            root = (last_folder if resume else fresh_folder)(Path("runs"), points[0][1].name)
         for varying, experiment in points:
             folder = root / ",".join(f"{k}={v}" for k, v in varying.items()) if varying else root
-            tell(run.start(experiment, folder, watch).summary, folder)
+            go = run.resume_same if resume else run.start
+            tell(go(experiment, folder, watch).summary, folder)
     except KeyboardInterrupt:
         err.print(f"Stopped. Go on with: [bold]fedkd distill --resume {folder}[/bold]", highlight=False)
         raise typer.Exit(130) from None

@@ -85,6 +85,22 @@ def resume(folder: Path, watch: Watch | None = None) -> Distilled:
     return _work(build(DistillExperiment, read_yaml(folder / CONFIG)), folder, watch)()
 
 
+def resume_same(experiment: DistillExperiment, folder: Path, watch: Watch | None = None) -> Distilled:
+    """Go on with the run of ``experiment`` in ``folder``; start it if there is none yet.
+
+    Raises:
+        ConfigError: the folder holds a run of another experiment.
+    """
+    if not (folder / CONFIG).exists():
+        return start(experiment, folder, watch)
+    if build(DistillExperiment, read_yaml(folder / CONFIG)) != experiment:
+        raise ConfigError(
+            f"{folder} holds a run of another experiment: its own words are in {folder / CONFIG}; go on with --resume "
+            f"{folder}"
+        )
+    return resume(folder, watch)
+
+
 def _work(experiment: DistillExperiment, folder: Path, watch: Watch | None) -> Callable[[], Distilled]:
     if experiment.graph is not None:
         return lambda: _on_graph(experiment, folder)

@@ -44,6 +44,13 @@ def test_the_command_teaches_and_keeps_a_folder(tmp_path: Path, monkeypatch: pyt
     assert again.exit_code == 0, again.output
     second = json.loads(Path("b/summary.json").read_text())
     assert second["accuracy"]["teacher"] == pytest.approx(summary["accuracy"]["student"])
+    for again in (["--resume", "run"], [*quick, "student=mlp(hidden=[16])", "--out", "run", "--resume"]):
+        done = CliRunner().invoke(app, ["distill", *again])
+        assert done.exit_code == 0 and "student alone" in done.output, done.output
+    other = CliRunner().invoke(app, ["distill", "student=logreg", "--out", "run", "--resume"])
+    assert "run of another experiment" in str(other.exception)
+    nothing = CliRunner().invoke(app, ["distill", "name=lost", "--resume"])
+    assert "holds no run called lost" in str(nothing.exception)
     taken = CliRunner().invoke(app, ["distill", "--out", "run"])
     assert isinstance(taken.exception, ConfigError) and "holds a run already" in str(taken.exception)
 
