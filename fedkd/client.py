@@ -73,6 +73,10 @@ class _DeviceTools:
         """Return the type of floats in this run."""
         return self.site.dtype
 
+    def seed(self, *labels: str | int) -> int:
+        """Return the seed of this device's stream of this round that ``labels`` name."""
+        return key(self.site.experiment.seed, "device", self.card.id, self.round, *labels)
+
     def initial(self, *labels: str | int) -> dict[str, torch.Tensor]:
         """Return fresh weights of the device's own architecture, different in every round and on every device."""
         return self.site.initial(self.card.architecture, "device", self.card.id, self.round, *labels)

@@ -189,7 +189,9 @@ def block(source: Source, found: Mapping[str, Any]) -> str:
     table = source.table
     lines = [f"## {table.title}", "", _wrapped(f"{table.paper.rstrip('.')}."), ""]
     lines += [_wrapped(table.scale), ""] if table.scale else []
-    lines += [f"`fedkd papers run {source.path.stem}`; seeds {', '.join(map(str, found['seeds']))}.", ""]
+    folder = source.path.parent
+    home = "" if folder.parts[-2:] == ("papers", "tables") else f" --folder {folder.as_posix()}"
+    lines += [f"`fedkd papers run {source.path.stem}{home}`; seeds {', '.join(map(str, found['seeds']))}.", ""]
     if table.grid:
         lines += _grid(found["rows"])
     else:

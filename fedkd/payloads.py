@@ -149,6 +149,15 @@ class Prototypes(Payload):
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class LabelCounts(Payload):
+    """How many records of each class the maker holds. Read from the records themselves: never private."""
+
+    fields: ClassVar[Mapping[str, Field]] = MappingProxyType({"counts": Field(("C",), "weight")})
+    counts: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Features(Payload):
     """Per-record features, scores and labels of S private records (FedGKT). Bears raw labels: never
     private."""
@@ -206,6 +215,7 @@ KINDS: Mapping[str, type[Payload]] = MappingProxyType(
             Chosen,
             LabelLogits,
             Prototypes,
+            LabelCounts,
             Features,
             Weights,
             Bundle,

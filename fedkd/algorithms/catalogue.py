@@ -39,6 +39,7 @@ METHODS: Mapping[str, str] = {
     "fedhkd": "fedkd.algorithms.fedhkd:FedHKD",
     "fedcache": "fedkd.algorithms.fedcache:FedCache",
     "dense": "fedkd.algorithms.dense:DENSE",
+    "fedgen": "fedkd.algorithms.fedgen:FedGen",
     "co_boosting": "fedkd.algorithms.co_boosting:CoBoosting",
 }
 

@@ -44,7 +44,7 @@ class Boosting(Synthesizer):
     paper: ClassVar[str] = "Dai et al., ICLR 2024"
     fit: ClassVar[Fit] = Fit(epochs=200, batch_size=128, lr=0.01, momentum=0.9, weight_decay=1e-4, schedule="cosine")
 
-    student_steps: int = 0  # per turn; 0: one pass over the pool, in batches as large as those made
+    student_steps: int = 0  # per turn; 0: one pass over the pool
     steps: int = 30  # of generator and z, per batch
     noise: int = 256  # width of z
     width: int = 64  # of the generator

@@ -42,7 +42,7 @@ class Boundary(Inverter):
     paper: ClassVar[str] = "Zhang et al., NeurIPS 2022"
     fit: ClassVar[Fit] = Fit(epochs=200, batch_size=256, lr=0.005, momentum=0.9, weight_decay=0.0)
 
-    student_steps: int = 0  # per epoch; 0: one pass over the pool, in batches as large as those made
+    student_steps: int = 0  # per epoch; 0: one pass over the pool
     steps: int = 30  # of generator and z, per batch
     noise: int = 256  # width of z
     width: int = 64  # of the generator

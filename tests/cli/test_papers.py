@@ -12,7 +12,7 @@ import yaml
 from fedkd import papers
 from fedkd.errors import ConfigError
 
-SHIPPED = sorted((Path(__file__).parents[2] / "simulations" / "papers" / "tables").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "simulations").glob("*/tables/*.yaml"))
 
 TABLE: dict[str, Any] = {
     "title": "Two rows",

@@ -2,7 +2,7 @@
 
 from fedkd.distill.datafree.base import Form, Maker, Synthesizer, divergence
 from fedkd.distill.datafree.catalogue import METHODS, build, resolve
-from fedkd.distill.datafree.generators import ImageGenerator, TableGenerator, generator, renew
+from fedkd.distill.datafree.generators import ImageGenerator, LatentGenerator, TableGenerator, generator, renew
 from fedkd.distill.datafree.guides import AnswersGuide, Guide, ModelsGuide, guide
 from fedkd.distill.datafree.loop import DataFree
 from fedkd.distill.datafree.pool import Pool
@@ -16,6 +16,7 @@ __all__ = [
     "Form",
     "Guide",
     "ImageGenerator",
+    "LatentGenerator",
     "Maker",
     "ModelsGuide",
     "Pool",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedkd.distill.datafree.base import Form
 
@@ -65,6 +67,34 @@ class TableGenerator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         out: Tensor = self.layers(z)
         return self.form.place(out).view(-1, *self.form.shape)
+
+
+class LatentGenerator(nn.Module):
+    """Noise [B, Z] and classes [B] -> features [B, D]: dense -> BN -> ReLU -> dense on noise and one-hot class.
+
+    The generator of FedGen (its published width is 256, Z = D = 32 for MNIST).
+    """
+
+    def __init__(self, noise: int, classes: int, features: int, width: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.first, self.norm = nn.Linear(noise + classes, width), nn.BatchNorm1d(width)
+        self.last = nn.Linear(width, features)
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        given = torch.cat([noise, F.one_hot(labels, self.classes).to(noise)], -1)
+        out: Tensor = self.last(F.relu(self.norm(self.first(given))))
+        return out
+
+    @staticmethod
+    def function(tensors: Mapping[str, Tensor], noise: Tensor, labels: Tensor) -> Tensor:
+        """Return what a generator with this state gives in evaluation mode: a pure function, for ``torch.func.vmap``."""
+        classes = tensors["first.weight"].shape[1] - noise.shape[-1]
+        given = torch.cat([noise, F.one_hot(labels, classes).to(noise)], -1)
+        inner = given @ tensors["first.weight"].T + tensors["first.bias"]
+        inner = (inner - tensors["norm.running_mean"]) * (tensors["norm.running_var"] + 1e-5).rsqrt()
+        inner = F.relu(inner * tensors["norm.weight"] + tensors["norm.bias"])
+        return inner @ tensors["last.weight"].T + tensors["last.bias"]
 
 
 def generator(form: Form, noise: int, width: int) -> nn.Module:

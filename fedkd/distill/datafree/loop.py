@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -116,14 +116,32 @@ class DataFree:
             )
         return Epoch(epoch, rate, mean, {self.method.name: mean, "queries": float(self.guide.queries)})
 
+    def memory(self) -> dict[str, Tensor]:
+        """Return all that the maker must remember, by name, for a later run to go on from (:meth:`remember`)."""
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.maker.modules.items():
+            tensors |= {f"module|{name}|{n}": t.detach().clone() for n, t in module.state_dict().items()}
+        for name, one in self.maker.optimizers.items():
+            tensors |= {f"optimizer|{name}|{n}": t.clone() for n, t in optimizer_state(one).items()}
+        return tensors | {f"extra|{name}": t for name, t in self.maker.extra.items()}
+
+    def remember(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`memory` gave; what it lacks of optimisers is as in a new one.
+
+        Raises:
+            RuntimeError: it belongs to another method, or to other settings.
+        """
+        for name, module in self.maker.modules.items():
+            module.load_state_dict(below(tensors, f"module|{name}|"))
+        for name, one in self.maker.optimizers.items():
+            load_optimizer(one, below(tensors, f"optimizer|{name}|"))
+        self.maker.extra |= below(tensors, "extra|")
+        self.maker.restored()
+
     # ---- checkpoints ------------------------------------------------------------------------------------------------
     def _save(self, folder: Path, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         tensors: dict[str, Tensor] = {f"student|{n}": t for n, t in self.student.state_dict().items()}
-        for name, module in self.maker.modules.items():
-            tensors |= {f"module|{name}|{n}": t for n, t in module.state_dict().items()}
-        for name, one in {**self.maker.optimizers, "": optimizer}.items():
-            tensors |= {f"optimizer|{name}|{n}": t for n, t in optimizer_state(one).items()}
-        tensors |= {f"extra|{name}": t for name, t in self.maker.extra.items()}
+        tensors |= {f"optimizer||{n}": t for n, t in optimizer_state(optimizer).items()} | self.memory()
         if len(self.pool):
             tensors["pool"] = self.pool.x
         note = {"epoch": epoch, "log": [vars(e) for e in self.log], "queries": self.guide.queries}
@@ -137,16 +155,12 @@ class DataFree:
         tensors = {name: t.to(self.device) for name, t in unpack_tensors(data, str(folder)).items()}
         try:
             self.student.load_state_dict(below(tensors, "student|"))
-            for name, module in self.maker.modules.items():
-                module.load_state_dict(below(tensors, f"module|{name}|"))
-            for name, one in {**self.maker.optimizers, "": optimizer}.items():
-                load_optimizer(one, below(tensors, f"optimizer|{name}|"))
+            load_optimizer(optimizer, below(tensors, "optimizer||"))
+            self.pool.restore(tensors.get("pool"))
+            self.remember(tensors)
         except RuntimeError as cause:
             raise StorageError(f"{folder} belongs to another student or method: {cause}") from cause
-        self.maker.extra |= below(tensors, "extra|")
-        self.pool.restore(tensors.get("pool"))
         self.guide.queries = int(note["queries"])
-        self.maker.restored()
         self.log = [Epoch(**entry) for entry in note["log"]]
         return int(note["epoch"])
 

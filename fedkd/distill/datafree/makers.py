@@ -175,8 +175,8 @@ class BatchMaker(Maker):
         return best.kept
 
     def student_steps(self) -> int:
-        """Return the method's own number; where that is 0, one pass over the pool in batches as large as those made."""
-        return self.settings.student_steps or -(-len(self.pool) // self.settings.batch_size)
+        """Return the method's own number; where that is 0, one pass over the pool."""
+        return self.settings.student_steps or -(-len(self.pool) // self.student_batch)
 
 
 def labels(count: int, classes: int) -> Tensor:
