@@ -40,6 +40,7 @@ METHODS: Mapping[str, str] = {
     "fedcache": "fedkd.algorithms.fedcache:FedCache",
     "dense": "fedkd.algorithms.dense:DENSE",
     "fedgen": "fedkd.algorithms.fedgen:FedGen",
+    "fedftg": "fedkd.algorithms.fedftg:FedFTG",
     "co_boosting": "fedkd.algorithms.co_boosting:CoBoosting",
 }
 

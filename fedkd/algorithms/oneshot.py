@@ -67,12 +67,11 @@ class OneShot(Algorithm, ABC):
         # Convolutions of few channels are about twice as fast in this layout on a CPU.
         teachers = [tools.module(*model).to(memory_format=torch.channels_last) for model in models]  # type: ignore[call-overload]
         architecture, weights = server.models["student"]
-        low, high = tools.bounds or (None, None)
         work = DataFree(
             tools.module(architecture, weights),
             ModelsGuide(teachers, shares),
             self.make,
-            Form(shape=tools.shape, classes=tools.classes, low=low, high=high),
+            Form.within(tools.shape, tools.classes, tools.bounds),
             fit=Fit(
                 epochs=self.epochs,
                 batch_size=self.batch_size,
@@ -85,5 +84,4 @@ class OneShot(Algorithm, ABC):
             keep=self.pool,
         )
         work.run()
-        taught = {name: t.detach().clone() for name, t in work.student.state_dict().items()}
-        return replace(with_model(server, "student", architecture, taught), knowledge=Nothing())
+        return replace(with_model(server, "student", architecture, work.taught()), knowledge=Nothing())

@@ -416,8 +416,7 @@ class _Work:
         bounds = (
             self.bounds if experiment.bounds == "auto" else None if experiment.bounds == "none" else experiment.bounds
         )
-        low, high = bounds if bounds is not None else (None, None)
-        form = Form(shape=self.task.shape, classes=self.task.classes, low=low, high=high)
+        form = Form.within(self.task.shape, self.task.classes, bounds)
         asked = guide(teacher)
         work = DataFree(
             self.student,

@@ -76,7 +76,7 @@ def test_a_table_is_written_between_its_marks_and_nothing_else_is_touched(tmp_pa
         "<!-- end two -->\n\nBy hand.\n"
     )
     assert "| with | 90 | 50.0±25.0 | student | 1.5 | 0.2 |" in text and "| without | 90 | 12.5 | devices |" in text
-    assert "old" not in text and TABLE["note"] in text and "fedkd papers run two" in text
+    assert "\nold\n" not in text and TABLE["note"] in text and "fedkd papers run two" in text
     papers.store(path, FOUND)
     assert page.read_text() == text and json.loads(path.with_suffix(".json").read_text()) == FOUND
     page.unlink()

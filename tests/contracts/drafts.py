@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedkd.aggregators import mean_weights
 from fedkd.algorithms.base import (
@@ -107,65 +106,6 @@ class Personal(Algorithm):
 
     def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
         return Bundle(parts={str(answer.card.id): answer.payload for answer in answers})
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class WithGenerator(Algorithm):
-    """Like FedGen (Zhu et al. 2021): weights and a generator of features go down together, weights come up."""
-
-    name: ClassVar[str] = "with_generator"
-    paper: ClassVar[str] = "draft"
-    upload: ClassVar[type[Payload]] = Weights
-    download: ClassVar[type[Payload]] = Bundle
-    heterogeneous: ClassVar[bool] = False
-    features: ClassVar[bool] = True
-    keeps: ClassVar[tuple[str, ...]] = ()
-    student: ClassVar[bool] = True
-
-    width: int = 16  # D of the model's features
-
-    def begin(self, server: ServerState, tools: ServerTools) -> ServerState:
-        rng = torch.Generator().manual_seed(tools.seed("generator"))
-        first = next(iter(server.models["student"][1].values()))
-        maker = {"matrix": torch.randn(tools.classes, self.width, generator=rng, dtype=first.dtype)}
-        return self._speak(replace(server, memory=maker))
-
-    def _speak(self, server: ServerState) -> ServerState:
-        parts = {
-            "model": Weights.from_tensors(server.models["student"][1]),
-            "maker": Weights.from_tensors(server.memory),
-        }
-        return replace(server, knowledge=Bundle(parts=parts))
-
-    def contract_down(self, shapes: Shapes) -> Contract:
-        maker = {"matrix": torch.zeros(shapes.classes, self.width)}
-        return Contract.bundle(
-            {
-                "model": Contract.of(Weights, shapes.dims, shapes.weights),
-                "maker": Contract.of(Weights, shapes.dims, maker),
-            }
-        )
-
-    def start(self, state: DeviceState, heard: Heard, tools: DeviceTools) -> DeviceState:
-        assert isinstance(heard.knowledge, Bundle)
-        return replace(state, models={"model": heard.knowledge.parts["model"].tensors()})
-
-    def private_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
-        assert isinstance(heard.knowledge, Bundle)
-        made = F.relu(heard.knowledge.parts["maker"].tensors()["matrix"])
-        synthetic = cross_entropy(net.head(made), torch.arange(len(made))).mean()
-        return batch.mean(cross_entropy(net(batch), batch.labels)) + 0.1 * synthetic
-
-    def answer(self, net: Net, view: View, heard: Heard) -> Payload:
-        return Weights.from_tensors(net.weights)
-
-    def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
-        return Weights.from_tensors(mean_weights(answers, weighted=False))
-
-    def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
-        server = with_model(server, "student", server.models["student"][0], knowledge.tensors())
-        return self._speak(replace(server, memory={"matrix": server.memory["matrix"] * 0.9}))
 
 
 class DropsInputs(torch.nn.Module):

@@ -42,6 +42,7 @@ OWN: dict[str, dict[str, Any]] = {
     "selective_fd": {"tau": 2.0},
     "dense": merged(_BRIEF, {"make": {"statistics": 0.0}}),
     "co_boosting": _BRIEF,
+    "fedftg": {"make": {"makes_per_epoch": 2, "student_steps": 2, "batch_size": 8, "width": 4, "noise": 4}},
     "fedgen": {"make": {"makes_per_epoch": 3, "batch_size": 8}},
 }
 """Parameters for short runs: without them one would leave out what a method is about, or take minutes."""

@@ -8,15 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import CNN, MLP, RESNET, assemble, assert_finite, assert_same, merged, play, section
-from test_ideas import collect, normal, server
+from harness import CNN, MLP, RESNET, assemble, assert_finite, assert_same, merged, play, section, tapped
+from test_ideas import C, batch, collect, direct, normal, server
 from torch.nn import functional as F
 
+from fedkd.algorithms.base import Heard
 from fedkd.algorithms.catalogue import build, method_class
 from fedkd.algorithms.co_boosting import Boosting
 from fedkd.algorithms.dense import Boundary, boundary
+from fedkd.algorithms.fedftg import Hard
+from fedkd.algorithms.fedgen import FedGen, Latent
 from fedkd.collected import Collected
-from fedkd.distill.datafree import AnswersGuide, DataFree, Form, ModelsGuide, Pool, Statistics, norm_layers
+from fedkd.distill.datafree import (
+    AnswersGuide,
+    DataFree,
+    Form,
+    LatentGenerator,
+    ModelsGuide,
+    Pool,
+    Statistics,
+    norm_layers,
+)
 from fedkd.distill.loop import Fit
 from fedkd.distill.teachers import ModuleTeacher
 from fedkd.errors import ConfigError
@@ -211,3 +223,123 @@ def test_co_boosting_needs_the_models_themselves() -> None:
 
     with pytest.raises(ConfigError, match="weighs the models of an ensemble"):
         Boosting().start(Looks(ModuleTeacher(teachers(1)[0], 3)), FORM, Pool(10))
+
+
+# ---- FedGen and FedFTG ----------------------------------------------------------------------------------------------
+FEATURES = Form(shape=(6,), classes=3, low=None, high=None)
+
+
+def heads() -> list[torch.nn.Module]:
+    """Return a head that reads class c off feature c, and one that reads the class before."""
+    models = [torch.nn.Linear(6, 3) for _ in range(2)]
+    for shift, model in enumerate(models):
+        model.weight.data = 5 * torch.eye(6)[:3].roll(shift, 0)
+        model.bias.data.zero_()
+    return models
+
+
+def latent(weights: Any, **more: Any) -> DataFree:
+    """Return a generator of features that has learnt from two heads."""
+    how = Latent(makes_per_epoch=60, noise=4, width=16, lr=0.02, weight_decay=0.0, **more)
+    guide = ModelsGuide(heads(), torch.tensor(weights))
+    found = DataFree(torch.nn.Linear(6, 3), guide, how, FEATURES, fit=Fit(epochs=1))
+    found.run()
+    return found
+
+
+def features(found: DataFree, classes: list[int]) -> torch.Tensor:
+    torch.manual_seed(0)
+    y = torch.tensor(classes).repeat_interleave(20)
+    with torch.no_grad():
+        made: torch.Tensor = found.maker.modules["generator"].eval()(torch.rand(len(y), 4), y)
+    return made
+
+
+def test_fedgens_generator_believes_of_a_class_whoever_holds_it() -> None:
+    made = features(latent([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), [0, 1])
+    right, shifted = heads()
+    assert (right(made[:20]).argmax(1) == 0).all() and (shifted(made[20:]).argmax(1) == 1).all()
+    assert (right(made[20:]).argmax(1) == 0).all(), "what the other head calls class 1 is class 0 to this one"
+
+
+def test_fedgens_generator_makes_features_that_differ() -> None:
+    spread = [float(features(latent([[0.5] * 3] * 2, diversity=d), [0]).std(0).mean()) for d in (0.0, 50.0)]
+    assert spread[1] > 2 * spread[0]
+
+
+def test_fedgens_generator_is_on_a_device_what_it_is_on_the_server() -> None:
+    generator = latent([[0.5] * 3] * 2).maker.modules["generator"].eval()
+    noise, y = torch.rand(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    assert torch.allclose(LatentGenerator.function(generator.state_dict(), noise, y), generator(noise, y), atol=1e-6)
+
+
+def test_fedgen_teaches_devices_from_round_1_on_by_what_heads_say_of_made_features() -> None:
+    method, net, x, y = FedGen(alpha=2.0, beta=3.0, bank=4), direct(6), normal(5, 6), [0, 1, 2, 3, 0]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = LatentGenerator(method.make.noise, C, 6, 8).double().eval()
+    told = {"model": {}, "generator": made.state_dict()}
+    knowledge = Bundle(parts={name: Weights.from_tensors(tensors) for name, tensors in told.items()})
+    memory = {"noise": normal(2, 4, method.make.noise), "labels": torch.tensor([3, 2, 1, 0])}
+    plain = F.cross_entropy(net(x), torch.tensor(y))
+    first = Heard(knowledge=knowledge, memory=memory, round=0)
+    assert torch.allclose(method.private_loss(net, batch(x, y), first), plain)
+    place = torch.arange(5) % 4
+    target = net.head(made(memory["noise"][0, place], torch.tensor(y))).softmax(1)
+    soft = F.kl_div(net(x).log_softmax(1), target, reduction="batchmean")
+    drawn = memory["labels"][place]
+    hard = F.cross_entropy(net.head(made(memory["noise"][1, place], drawn)), drawn)
+    got = method.private_loss(net, batch(x, y), replace(first, round=2))
+    assert torch.allclose(got, plain + 0.98**2 * (2 * hard + 3 * soft))
+
+
+def test_fedgen_without_its_generators_terms_is_fedavg() -> None:
+    raw = {"rounds": 3, "proxy": None, "models": {"student": MLP, "devices": [MLP]}}
+    off = merged(section("fedgen"), {"alpha": 0.0, "beta": 0.0})
+    plain, without, whole = (play(merged(raw, {"algorithm": a})) for a in ("fedavg", off, section("fedgen")))
+    for name, value in plain.progress.state.models["student"][1].items():
+        assert torch.allclose(without.progress.state.models["student"][1][name], value, atol=1e-12)
+    weights = [p.progress.state.models["student"][1]["head.weight"] for p in (plain, whole)]
+    assert not torch.allclose(*weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fedgen", "fedftg"])
+def test_counts_of_labels_leave_a_device_so_that_dp_sgd_refuses(method: str) -> None:
+    played, tap = tapped({"algorithm": section(method), "rounds": 1, "proxy": None})
+    for client, (payload, _) in tap.uploads(0).items():
+        _, y = played.site.private(client).all()
+        assert payload.tensors()["counts/counts"].tolist() == np.bincount(y, minlength=10).tolist()
+    privacy = {"kind": "dp_sgd", "noise_multiplier": 1.0, "sampling_rate": 0.3}
+    with pytest.raises(ConfigError, match="makes its answer from the private records themselves"):
+        assemble({"algorithm": method, "privacy": privacy, "models": {"student": MLP, "devices": [MLP]}})
+
+
+def hard(counts: Any, **more: Any) -> DataFree:
+    models = teachers(3)
+    how = Hard(**{"makes_per_epoch": 25, "batch_size": 16, "width": 4, "noise": 4, "student_steps": 0, **more})
+    found = DataFree(models.pop(), ModelsGuide(models, torch.tensor(counts)), how, FORM, fit=Fit(epochs=1, lr=0.05))
+    found.run()
+    return found
+
+
+def test_fedftg_draws_classes_and_believes_devices_by_their_counts() -> None:
+    maker: Any = hard([[9.0, 0.0, 0.0], [0.0, 0.0, 1.0]], makes_per_epoch=1).maker
+    torch.manual_seed(0)
+    drawn = torch.cat([maker.draw()[1] for _ in range(40)]).bincount(minlength=3)
+    assert drawn[1] == 0 and 0.84 < drawn[0] / drawn.sum() < 0.96  # 640 draws at 0.9: 5 deviations
+    each, said, y = torch.randn(2, 2, 3), torch.randn(2, 3), torch.tensor([0, 2])
+    own = torch.stack([F.kl_div(said.log_softmax(1), t.softmax(1), reduction="none").sum(1) for t in each])
+    assert torch.allclose(maker.discrepancy(each, said, y), (own[0, 0] + own[1, 1]) / 2)
+
+
+def test_fedftg_seeks_inputs_on_which_the_average_is_wrong_and_mends_it_there() -> None:
+    counts = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+
+    def gap(found: DataFree) -> float:
+        maker: Any = found.maker
+        with torch.no_grad():
+            return float(maker.discrepancy(maker.each, found.student.eval()(maker.x), maker.y))
+
+    plain = {"classes": 0.0, "diversity": 0.0}
+    assert gap(hard(counts, **plain)) > 2 * gap(hard(counts, makes_per_epoch=1, lr=0.0, **plain))
+    assert gap(hard(counts, student_steps=5, **plain)) < 0.5 * gap(hard(counts, **plain))

@@ -58,13 +58,3 @@ def test_a_message_for_each_device_and_a_memory_between_rounds(kind: str) -> Non
 
     played.rounds.play(played.progress, look)
     assert len(set(told.values())) > 1
-
-
-@pytest.mark.parametrize("kind", ["serial", "stacked"])
-def test_weights_and_a_generator_travel_down_together(kind: str) -> None:
-    raw = {"algorithm": "drafts:WithGenerator", "rounds": 3, "population": {"participation": 0.7, "late": 0.2}}
-    for codec in ("auto", "float64+delta+deflate"):
-        played = play({**raw, "codec": {"down": codec}}, kind=kind)
-        assert all(r["quarantined"] == [] and r["answered"] for r in played.records)
-        if kind == "stacked":
-            assert_same(play({**raw, "codec": {"down": codec}}), played, 1e-9)

@@ -45,6 +45,12 @@ class Form:
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise ConfigError(f"an input's bounds are {self.low} and {self.high}: low must be below high")
 
+    @staticmethod
+    def within(shape: tuple[int, ...], classes: int, bounds: tuple[float, float] | None) -> Form:
+        """Return the form of inputs between two bounds, or without any."""
+        low, high = bounds if bounds is not None else (None, None)
+        return Form(shape=shape, classes=classes, low=low, high=high)
+
     def place(self, standard: Tensor) -> Tensor:
         """Bring values of about mean 0 and deviation 1 within the bounds by a sigmoid; leave them where there are none."""
         if self.low is None or self.high is None:

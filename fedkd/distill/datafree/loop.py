@@ -116,6 +116,10 @@ class DataFree:
             )
         return Epoch(epoch, rate, mean, {self.method.name: mean, "queries": float(self.guide.queries)})
 
+    def taught(self) -> dict[str, Tensor]:
+        """Return the student's tensors by name, as they are now."""
+        return {name: t.detach().clone() for name, t in self.student.state_dict().items()}
+
     def memory(self) -> dict[str, Tensor]:
         """Return all that the maker must remember, by name, for a later run to go on from (:meth:`remember`)."""
         tensors: dict[str, Tensor] = {}
