@@ -21,13 +21,18 @@ def register(app: typer.Typer) -> None:
 def start(
     kit: KitFolder,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay here, for systemd and containers.")] = False,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Start although `fedkd doctor` would find a problem that stays.")
+    ] = False,
 ) -> None:
-    """Start the node: it asks the server for work until it is stopped."""
+    """Start the node: it asks the server for work until it is stopped. What could never work is refused."""
     from fedkd.cli.main import out
     from fedkd.deploy import client
     from fedkd.deploy.kit import ClientKit
 
     opened = ClientKit.read(kit)
+    if not unchecked:
+        client.check(opened)
     if foreground:
         client.run(opened)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 from fedkd.deploy.kit import ClientKit
 from fedkd.deploy.supervise import PidFile, SuperviseError, detach, rss_bytes, stop_process
+from fedkd.errors import ConfigError
 
 PID, OUTPUT, LOGS = "client.pid", "logs/output.log", "logs"
 START_SECONDS, STOP_SECONDS = 120.0, 20.0
@@ -37,7 +39,7 @@ def run(kit: ClientKit) -> None:
         device = Device(kit)
         node = Node(kit, device, max_request_bytes=policy.max_request_bytes, max_bytes_per_day=policy.max_bytes_per_day)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: node.stop.set())
+            signal.signal(number, lambda *_: node.ask_to_stop())
         log.info("started for %s as client %d of %s", kit.name, kit.id, kit.server_address)
         with contextlib.ExitStack() as stack:
             stack.callback(node.close)
@@ -57,6 +59,19 @@ def _while_alive(pid: PidFile) -> Iterator[None]:
         pid.leave()
 
 
+def check(kit: ClientKit) -> None:
+    """Refuse a kit that could never work. In a process of its own: the node does not keep the memory that it takes.
+
+    Raises:
+        ConfigError: what is wrong and how to mend it.
+    """
+    command = [sys.executable, "-m", "fedkd.deploy.doctor", str(kit.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"the check of {kit.folder} ended with code {done.returncode}"]
+        raise ConfigError(said[-1].removeprefix("error: "))
+
+
 def start(kit: ClientKit) -> int:
     """Start the node in the background; returns its pid once it works.
 
@@ -69,7 +84,7 @@ def start(kit: ClientKit) -> int:
         raise SuperviseError(f"{kit.folder} is in use already, by process {other.pid}")
     output = kit.state / OUTPUT
     size = output.stat().st_size if output.exists() else 0
-    command = [sys.executable, "-m", "fedkd", "client", "start", str(kit.folder), "--foreground"]
+    command = [sys.executable, "-m", "fedkd", "client", "start", str(kit.folder), "--foreground", "--unchecked"]
     process = detach(command, output)
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:

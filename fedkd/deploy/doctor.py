@@ -10,11 +10,12 @@ import socket
 import ssl
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedkd.deploy import ca
 from fedkd.deploy.kit import CA_CERTIFICATE, REVOKED, ClientKit, Kit, ServerKit
-from fedkd.errors import FedkdError
+from fedkd.errors import ConfigError, FedkdError
 
 MIB = 2**20
 RENEW_SOON = timedelta(days=14)
@@ -56,16 +57,35 @@ def diagnose(folder: Path) -> list[Finding]:
         kit = ServerKit.read(folder) if (folder / ServerKit.FILE).is_file() else ClientKit.read(folder)
     except FedkdError as cause:
         return [Finding("kit", "problem", str(cause), "mend the file, or copy the kit again from the operator")]
-    checks: list[Callable[[], Iterator[Finding]]] = [lambda: _secrets(kit), lambda: _certificates(kit)]
+    around = _server(kit) if isinstance(kit, ClientKit) else _ports(kit)
+    machine = chain(around, _disk(kit), _memory(kit))
+    return [Finding("kit", "ok", f"{type(kit).__name__} of project {kit.project}"), *_lasting(kit), *machine]
+
+
+def _lasting(kit: Kit) -> Iterator[Finding]:
+    """Check what does not mend by itself: a server may come back, a disk may empty, but files stay as they are."""
+    yield from _secrets(kit)
+    yield from _certificates(kit)
     if isinstance(kit, ClientKit):
-        client = kit
-        checks += [lambda: _node_key(client), lambda: _server(client)]
-        checks += [lambda: _data(client), lambda: _policy(client)]
-    else:
-        server = kit
-        checks += [lambda: _clients(server), lambda: _ports(server)]
-    checks += [lambda: _disk(kit), lambda: _memory(kit), lambda: _versions(kit)]
-    return [Finding("kit", "ok", f"{type(kit).__name__} of project {kit.project}"), *(f for c in checks for f in c())]
+        yield from _node_key(kit)
+        yield from _data(kit)
+        yield from _policy(kit)
+    elif isinstance(kit, ServerKit):
+        yield from _clients(kit)
+    yield from _versions(kit)
+
+
+def refuse(kit: Kit) -> None:
+    """Refuse to start what could never work: problems of files, keys, certificates, records, policy and versions.
+
+    Raises:
+        ConfigError: each problem and its remedy, in the doctor's words.
+    """
+    # A clock that is behind after a power cut comes right by itself.
+    found = [f for f in _lasting(kit) if f.level == "problem" and f.check != "clock"]
+    if found:
+        words = "; ".join(f"{f.check}: {f.said} | {f.fix}" for f in found)
+        raise ConfigError(f"{kit.folder} cannot work ({words}). `fedkd doctor {kit.folder}` shows all of it")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -132,7 +152,7 @@ def _dates(leaf: x509.Certificate, name: str, owner: str) -> Iterator[Finding]:
     renew = f"on the operator's machine: fedkd provision renew {owner}, then copy {name}"
     if now < leaf.not_valid_before_utc:
         said = f"{name} is valid from {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; here it is {now:%Y-%m-%d %H:%M}"
-        yield Finding("dates", "problem", said, "set this machine's clock (timedatectl set-ntp true)")
+        yield Finding("clock", "problem", said, "set this machine's clock (timedatectl set-ntp true)")
     elif now > leaf.not_valid_after_utc:
         yield Finding("dates", "problem", f"{name} ended on {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC", renew)
     else:
@@ -412,3 +432,15 @@ def _versions(kit: Kit) -> Iterator[Finding]:
         yield Finding("versions", "warning", "this torch brings gigabytes of CUDA along", fix)
     if not bad:
         yield Finding("versions", "ok", said)
+
+
+def main() -> None:
+    """Refuse the kit named on the command line, or end with 0: a process of its own, which takes its memory with it."""
+    try:
+        refuse(ClientKit.read(Path(sys.argv[1])))
+    except FedkdError as cause:
+        sys.exit(f"error: {cause}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,9 @@ anew from a short list of headers and its body is framed anew, so that no byte o
 head. Caps per message and per day hold while a body streams, whatever its header claimed.
 
 A body that is longer than allowed, slower than allowed, or broken off never becomes a whole request on the inner side.
+
+A device's question for work is held until a run rings for it (:mod:`fedkd.deploy.bell`) or :data:`HOLD_SECONDS` are over, and
+is judged anew before it passes.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pathlib import Path
 
 import h11
 
+from fedkd.deploy.bell import Bell
 from fedkd.deploy.kit import LOOPBACK, ServerKit
 from fedkd.deploy.log import event, setup_log
 from fedkd.deploy.members import MIB, Members, Peer, Usage
@@ -47,6 +51,8 @@ CHUNK_BYTES = 2**18
 REUSE_SECONDS = 3.0
 """SuperLink closes connections that were idle for 5 s; an older one is not used again."""
 LINGER_SECONDS = 2.0
+PULL = b"/v1/fleet/pull-messages"
+HOLD_SECONDS = 5.0
 REFUSALS_LOGGED_PER_SECOND = 20.0
 
 
@@ -65,6 +71,8 @@ class Gate:
         self.kit, self.limits, self.log, self.metrics = kit, kit.limits, log, metrics
         self.members = Members(kit, log)
         self.usage = Usage(kit.state / "gate-usage.json", self.limits.client_mib_per_day * MIB)
+        self.bell = Bell()
+        self.hold_seconds = HOLD_SECONDS
         self.disk_low = False
         self.last_seen: dict[str, float] = {}
         self._tls, self._inner_tls = kit.gate_tls(), kit.loopback_tls()
@@ -156,8 +164,18 @@ class Gate:
                     action = request.target.removeprefix(FLEET).decode()
                 self._judge(peer, request)
                 self.last_seen[peer.name] = time.time()
+                rings = 0
+                if request.target == PULL:
+                    rings = await self.bell.wait(peer.name, self.hold_seconds)
+                    if writer.transport.is_closing():
+                        # A message that SuperLink gave out for it would be lost.
+                        return
+                    self._judge(peer, request)
+                    began = time.monotonic()
                 async with asyncio.timeout(self.limits.body_seconds):
-                    status = await self._forward(peer, request, outer, reader, writer, inner)
+                    status, size = await self._forward(peer, request, outer, reader, writer, inner)
+                if request.target == PULL and status == 200 and not size:
+                    self.bell.nothing(peer.name, rings)
             except Refused as cause:
                 self.metrics.requests.labels(self._label(peer), action, cause.status).inc()
                 self._refused(cause.reason, client=peer.name, address=address, status=cause.status)
@@ -243,8 +261,8 @@ class Gate:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         inner: Inner,
-    ) -> int:
-        """Pass a request to SuperLink and its answer back; returns the answer's status."""
+    ) -> tuple[int, int]:
+        """Pass a request to SuperLink and its answer back; returns the answer's status and the bytes of its body."""
         if outer.they_are_waiting_for_100_continue:
             writer.write(outer.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
         try:
@@ -273,10 +291,11 @@ class Gate:
         except BaseException:
             inner.close()
             raise
-        status = response.status_code
+        status, size = response.status_code, 0
         try:
             _write(writer, outer, h11.Response(status_code=status, headers=headers))
             async for data in inner.body():
+                size += len(data)
                 self.metrics.bytes.labels(peer.name, "down").inc(len(data))
                 _write(writer, outer, h11.Data(data=data))
                 await writer.drain()
@@ -286,7 +305,7 @@ class Gate:
             inner.close()
             raise
         inner.end()
-        return status
+        return status, size
 
     async def _body(self, outer: h11.Connection, reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         while True:
@@ -523,12 +542,19 @@ async def run(kit: ServerKit, log: logging.Logger) -> None:
     tasks = [asyncio.create_task(gate.upkeep()), asyncio.create_task(ops.serve(listen(LOOPBACK, kit.ops_port)))]
     if kit.gate == "builtin":
         tasks.append(asyncio.create_task(gate.serve(listen(kit.listen, kit.port))))
+    try:
+        ringing = await gate.bell.hear(kit.ops_port)
+    except OSError as cause:
+        event(log, "bell.unheard", level=logging.ERROR, port=kit.ops_port, reason=str(cause))
+        ringing, gate.hold_seconds = None, 0.0
     event(log, "gate.open", port=kit.port, gate=kit.gate, clients=len(gate.members.names))
     stopped = asyncio.create_task(stop.wait())
     done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
     for task in [*tasks, stopped]:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    if ringing is not None:
+        ringing.close()
     gate.save()
     event(log, "gate.closed")
     for task in done - {stopped}:

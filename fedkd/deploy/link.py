@@ -79,6 +79,8 @@ class Link:
         )
         self.node = node
         self.online = False
+        self.idle = False
+        """Whether :meth:`pull` waits for the server to have something for this node."""
         self._stop = threading.Event()
         self._pulse: threading.Thread | None = None
 
@@ -135,7 +137,11 @@ class Link:
         """
         assert self.node is not None
         node = Node(node_id=self.node)
-        listed = self._call(lambda: self._client.PullMessages(PullMessagesRequest(node=node)))
+        self.idle = True
+        try:
+            listed = self._call(lambda: self._client.PullMessages(PullMessagesRequest(node=node)))
+        finally:
+            self.idle = False
         if not listed.messages_list:
             return None
         outline = message_from_proto(listed.messages_list[0])

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 VERSION = 1
 MESSAGE_TYPE = "train.respond"
 SECTION, BODIES, TEXT, SIGNATURE = "fedkd", "fedkd-bodies", "text", "signature"
+BODY = "body."
+"""Before the name of a short body that travels beside the text."""
+SHORT_BYTES = 128 * 1024
+"""Flower asks for every object of a message in a request of its own, and an array is three: a short body is none."""
 MAX_TEXT_BYTES = 256 * 1024
 MAX_BODIES = 4
 MAX_WORDS = 500
@@ -200,23 +204,33 @@ def _signed(text: str, answer: bytes | None) -> bytes:
 
 
 def _record(text: str, bodies: Mapping[str, bytes], signature: bytes = b"") -> RecordDict:
-    # One array of uint8 per body: Flower cuts arrays into pieces of a few MiB, so that no request grows beyond them.
-    arrays = {name: Array("uint8", (len(body),), SECTION, body) for name, body in bodies.items()}
-    return RecordDict({SECTION: ConfigRecord({TEXT: text, SIGNATURE: signature}), BODIES: ArrayRecord(arrays)})
+    words: dict[str, Any] = {TEXT: text, SIGNATURE: signature}
+    words |= {BODY + name: body for name, body in bodies.items() if len(body) <= SHORT_BYTES}
+    # One array of uint8 per long body: Flower cuts arrays into pieces of a few MiB, so that no request grows beyond them,
+    # and keeps one that goes to many devices once.
+    long = {
+        name: Array("uint8", (len(body),), SECTION, body) for name, body in bodies.items() if BODY + name not in words
+    }
+    return RecordDict({SECTION: ConfigRecord(words)} | ({BODIES: ArrayRecord(long)} if long else {}))
 
 
 def _open(content: RecordDict) -> tuple[dict[str, Any], dict[str, bytes], bytes]:
     try:
         record = content.config_records[SECTION]
         raw, signature = record[TEXT], record[SIGNATURE]
-        arrays = content.array_records[BODIES]
+        arrays = content.array_records[BODIES] if BODIES in content else {}
+        short = {str(name).removeprefix(BODY): body for name, body in record.items() if str(name).startswith(BODY)}
         if not isinstance(raw, str) or not isinstance(signature, bytes) or len(raw) > MAX_TEXT_BYTES:
             raise ValueError("its text is none, or too long")
         raw.encode()  # half a surrogate is no text
-        if len(arrays) > MAX_BODIES:
-            raise ValueError(f"it has {len(arrays)} bodies")
+        if len(arrays) + len(short) > MAX_BODIES or any(str(name) in short for name in arrays):
+            raise ValueError(f"it has {len(arrays) + len(short)} bodies, or one of them twice")
         # Only the bytes are taken: what an array says of its type and shape is the sender's word.
         bodies = {str(name): bytes(array.data) for name, array in arrays.items()}
+        for name, body in short.items():
+            if not isinstance(body, bytes):
+                raise ValueError("a body is no bytes")
+            bodies[name] = body
         text = json.loads(raw)
         if not isinstance(text, dict):
             raise ValueError("its text is no mapping")

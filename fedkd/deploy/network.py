@@ -33,6 +33,8 @@ log = logging.getLogger("fedkd.deploy.run.network")
 
 POLL_SECONDS = (0.02, 0.2)
 NODES_SECONDS = 1.0
+BATCH_BYTES = 2**20
+"""Requests that are shorter together are handed to SuperLink at once."""
 TRIES = 2
 """A reply that cannot be believed is asked for once more: it may have been another's, sent to spoil this client's."""
 MARGIN_SECONDS = 60.0
@@ -54,26 +56,36 @@ class Post(Protocol):
     def online(self) -> Mapping[bytes, int]:
         """Return the numbers of the nodes that are online, by public key (PEM)."""
 
-    def send(self, node: int, ask: Ask, seconds: float) -> str | None:
-        """Send a request that is void after ``seconds``; returns its name, or None if it was not taken."""
+    def send(self, letters: Sequence[tuple[int, Ask]], seconds: float) -> list[str | None]:
+        """Send requests to nodes that are void after ``seconds``; returns their names, None for one that was not taken."""
 
     def collect(self, names: Sequence[str]) -> list[tuple[str, Message | MailError | None]]:
         """Return what has come to the requests of these names: a reply, why it is none, or None where it was lost."""
 
 
 class GridPost(Post):
-    """Over the grid of a ServerApp. Knows the insides of flwr 1.41's HttpGrid, because its own pull waits for stragglers."""
+    """Over the grid of a ServerApp. Knows the insides of flwr 1.41's HttpGrid, because its own pull waits for stragglers.
 
-    def __init__(self, grid: Any, most_bytes: int) -> None:
-        self._grid, self._most = grid, most_bytes
+    ``ring`` is called with the clients for whom a message lies ready.
+    """
+
+    def __init__(
+        self, grid: Any, most_bytes: int, ring: Callable[[Collection[int]], None] = lambda clients: None
+    ) -> None:
+        self._grid, self._most, self._ring = grid, most_bytes, ring
         self._arriving: dict[str, Arriving] = {}
 
     def online(self) -> Mapping[bytes, int]:
         return {bytes(node.public_key): int(node.node_id) for node in self._grid.get_nodes()}
 
-    def send(self, node: int, ask: Ask, seconds: float) -> str | None:
-        message = Message(pack_ask(ask), node, MESSAGE_TYPE, ttl=seconds, group_id=str(ask.round))
-        return next((name for name in self._grid.push_messages([message]) if name), None)
+    def send(self, letters: Sequence[tuple[int, Ask]], seconds: float) -> list[str | None]:
+        messages = [
+            Message(pack_ask(ask), node, MESSAGE_TYPE, ttl=seconds, group_id=str(ask.round)) for node, ask in letters
+        ]
+        # An empty list: the request was longer than SuperLink takes.
+        names = [name or None for name in self._grid.push_messages(messages)] or [None] * len(letters)
+        self._ring({ask.client for (_, ask), name in zip(letters, names, strict=True) if name})
+        return names
 
     def collect(self, names: Sequence[str]) -> list[tuple[str, Message | MailError | None]]:
         found: list[tuple[str, Message | MailError | None]] = []
@@ -239,6 +251,8 @@ class NetworkRunner(Runner):
     def _send(self, waiting: Mapping[int, _Waiting], end: float) -> None:
         """Send what is due: requests to those who have none, and a probe to those who are silent."""
         online, now = self.online(), self._clock()
+        seconds = max(1.0, end - now) + MARGIN_SECONDS
+        asks, probes = list[tuple[int, _Waiting]](), list[tuple[int, _Waiting]]()
         for client, one in waiting.items():
             node = online.get(client)
             if node is None:
@@ -247,18 +261,38 @@ class NetworkRunner(Runner):
             one.offline_since = None
             if now < one.again_at:
                 continue
-            seconds = max(1.0, end - now) + MARGIN_SECONDS
             if not one.out:
-                name = self.post.send(node, self._letter(one), seconds)
+                asks.append((node, one))
+            elif one.probe is None and now >= one.probe_at:
+                probes.append((node, one))
+        for part in self._parts(asks):
+            names = self.post.send([(node, self._letter(one)) for node, one in part], seconds)
+            for (_, one), name in zip(part, names, strict=True):
                 if name is None:
                     one.again_at = now + POLL_SECONDS[1]
                     continue
                 one.out.add(name)
                 one.probe_at, one.known = now + self.settings.probe_seconds, False
-            elif one.probe is None and now >= one.probe_at:
-                probe = Ask(kind="probe", run=self.run, client=client, round=one.request.round, key=one.key)
-                one.probe = self.post.send(node, probe, seconds)
-                one.probe_at = now + self.settings.probe_seconds
+        if probes:
+            names = self.post.send([(node, self._probe(one)) for node, one in probes], seconds)
+            for (_, one), name in zip(probes, names, strict=True):
+                one.probe, one.probe_at = name, now + self.settings.probe_seconds
+
+    def _parts(self, asks: Sequence[tuple[int, _Waiting]]) -> Iterator[list[tuple[int, _Waiting]]]:
+        """Cut what is to be sent, so that the first devices need not wait until the last one's long request is out."""
+        part, size = list[tuple[int, _Waiting]](), 0
+        for node, one in asks:
+            part.append((node, one))
+            size += len(one.request.body) + (len(self.proxy or b"") if one.proxy else 0)
+            if size >= BATCH_BYTES:
+                yield part
+                part, size = [], 0
+        if part:
+            yield part
+
+    def _probe(self, one: _Waiting) -> Ask:
+        request = one.request
+        return Ask(kind="probe", run=self.run, client=request.client, round=request.round, key=one.key)
 
     def _letter(self, one: _Waiting) -> Ask:
         request = one.request

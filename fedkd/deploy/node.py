@@ -28,6 +28,8 @@ log = logging.getLogger("fedkd.deploy.client")
 NODE, USAGE = "node.json", "usage.json"
 LIVE_SECONDS = 120.0
 """A run counts as live for so long after its last message, and is polled for at the shortest interval."""
+QUICK_SECONDS = 0.05
+"""The pause after a piece of work: more is likely to follow."""
 GROWTH = 1.5
 RETRY_SECONDS = (0.5, 20.0)
 PUSH_TRIES = 5
@@ -119,6 +121,13 @@ class Node:
 
     def run(self) -> None:
         """Work until :attr:`stop` is set."""
+        try:
+            self._run()
+        except KeyboardInterrupt:
+            if not self.stop.is_set():
+                raise
+
+    def _run(self) -> None:
         self._connect()
         least, most = self.kit.poll.min_seconds, self.kit.poll.max_seconds
         pause, heard = least, time.monotonic()
@@ -127,18 +136,26 @@ class Node:
                 log.warning("this node has used its %d bytes of today: it goes on tomorrow (UTC)", self.usage.most)
                 self.stop.wait(60.0)
                 continue
+            began = time.monotonic()
             try:
                 worked = self.step()
             except LinkError as cause:
                 log.warning("%s", cause)
                 self._connect()
                 continue
+            now = time.monotonic()
             if worked:
-                pause, heard = least, time.monotonic()
+                pause, heard = min(least, QUICK_SECONDS), now
                 continue
-            self.stop.wait(pause)
-            if time.monotonic() - heard > LIVE_SECONDS:
-                pause = min(most, pause * GROWTH)
+            # The gate holds a question while there is no work; that time counts.
+            self.stop.wait(max(0.0, pause - (now - began)))
+            pause = min(most if now - heard > LIVE_SECONDS else least, pause * GROWTH)
+
+    def ask_to_stop(self) -> None:
+        """Let :meth:`run` come to its end, at once if it only waits for work. For the main thread's signal handlers."""
+        self.stop.set()
+        if self.link.idle:
+            raise KeyboardInterrupt
 
     def step(self) -> bool:
         """Do one piece of work; returns whether there was one.

@@ -103,6 +103,7 @@ def _play(kit: ServerKit, grid: Any, folder: Path, standing: Standing) -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     from fedkd import simulate
+    from fedkd.deploy.bell import ring
     from fedkd.deploy.network import GridPost, Member, NetworkRunner
     from fedkd.deploy.sites import server_site
     from fedkd.experiment import read_yaml, validate
@@ -119,7 +120,8 @@ def _play(kit: ServerKit, grid: Any, folder: Path, standing: Standing) -> None:
         raise ConfigError("nobody takes part: clients.yaml names no client that is not revoked")
     site = server_site(experiment, max(c.id for c in clients) + 1)
     open_ledger(site, folder, kit.state / LEDGER)
-    post = GridPost(grid, int(experiment.deployment.max_answer_mib * 2**20))
+    most = int(experiment.deployment.max_answer_mib * 2**20)
+    post = GridPost(grid, most, lambda ready: ring(kit.ops_port, (members[k].name for k in ready)))
     runner = NetworkRunner(site, post, members, f"{folder.name}.{standing.token}", lambda: _revoked(kit))
     if not (folder / simulate.PARTITION).exists():
         names = {c.id: c.name for c in clients}

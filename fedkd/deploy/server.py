@@ -258,10 +258,12 @@ def check(kit: ServerKit) -> None:
     """Refuse to start what could not work, with the reason.
 
     Raises:
-        FedkdError: the state cannot be written, the disk is full, or a port is taken.
+        FedkdError: the doctor finds a problem that stays, the state cannot be written, the disk is full, or a port is taken.
     """
+    from fedkd.deploy.doctor import refuse
     from fedkd.deploy.gate import listen
 
+    refuse(kit)
     probe = kit.state / ".probe"
     try:
         probe.write_bytes(b"x")

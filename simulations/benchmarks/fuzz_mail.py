@@ -26,7 +26,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedkd.deploy.mail import (
     BODIES,
+    BODY,
     SECTION,
+    SHORT_BYTES,
     SIGNATURE,
     TEXT,
     Ask,
@@ -81,6 +83,7 @@ def letters() -> tuple[Letter, ...]:
     ]
     says = [
         Say(kind="answer", **common, answer=bytes(range(256)) * 4),
+        Say(kind="answer", **common, answer=bytes(range(256)) * (SHORT_BYTES // 256 + 1)),
         Say(kind="refused", **common, reason="policy", message="this node's policy allows 5 rounds"),
         Say(kind="needs", **common),
         Say(kind="known", **common),
@@ -124,8 +127,8 @@ def _text(text: str, rng: random.Random) -> Any:
 def _rebuild(record: RecordDict, rng: random.Random) -> RecordDict:
     """Change the text, the signature, a body or the records themselves."""
     config = dict(record.config_records[SECTION])
-    arrays = dict(record.array_records[BODIES])
-    kind = rng.randrange(7)
+    arrays = dict(record.array_records[BODIES]) if BODIES in record else {}
+    kind = rng.randrange(8)
     if kind <= 1:
         config[TEXT] = _text(str(config[TEXT]), rng)
     elif kind == 2:
@@ -143,6 +146,12 @@ def _rebuild(record: RecordDict, rng: random.Random) -> RecordDict:
         arrays = {} if rng.random() < 0.5 else {f"b{n}": Array("uint8", (1,), SECTION, b"x") for n in range(9)}
     elif kind == 5:
         config = {n: v for n, v in config.items() if rng.random() < 0.5}
+    elif kind == 6:
+        name = rng.choice([n for n in config if n.startswith(BODY)] or [BODY + "answer", BODY + "proxy", BODY])
+        data = config.get(name, b"")
+        assert isinstance(data, bytes)
+        config[name] = rng.choice([_flip(data, rng), data, b"", 7, "x", 0.5, [b"x", b"y"]])
+        config |= {f"{BODY}b{n}": b"x" for n in range(rng.choice([0, 0, 1, 9]))}
     else:
         return RecordDict(
             rng.choice(
@@ -156,7 +165,9 @@ def _rebuild(record: RecordDict, rng: random.Random) -> RecordDict:
                 ]
             )
         )
-    return RecordDict({SECTION: ConfigRecord(config), BODIES: ArrayRecord(arrays)})
+    if rng.random() < 0.1 and arrays:
+        config[BODY + rng.choice(list(arrays))] = b"twice"
+    return RecordDict({SECTION: ConfigRecord(config)} | ({BODIES: ArrayRecord(arrays)} if arrays else {}))
 
 
 def message(content: RecordDict) -> Message:

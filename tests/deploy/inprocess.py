@@ -61,7 +61,10 @@ class Wire(Post):
     def online(self) -> Mapping[bytes, int]:
         return {m.pem: 100 + k for k, m in self.members.items() if k not in self.offline}
 
-    def send(self, node: int, ask: Ask, seconds: float) -> str | None:
+    def send(self, letters: Sequence[tuple[int, Ask]], seconds: float) -> list[str | None]:
+        return [self.deliver(node, ask) for node, ask in letters]
+
+    def deliver(self, node: int, ask: Ask) -> str:
         client, name = node - 100, f"message-{len(self.sent)}"
         self.sent.append((client, ask))
 

@@ -18,13 +18,14 @@ from devices import make_kits, own_ports
 from typer.testing import CliRunner
 
 from fedkd.cli.main import app
-from fedkd.deploy import ca, doctor
-from fedkd.deploy.doctor import Finding, diagnose
+from fedkd.deploy import ca, client, doctor
+from fedkd.deploy.doctor import Finding, diagnose, refuse
 from fedkd.deploy.gate import Gate, listen
 from fedkd.deploy.kit import ClientKit, ServerKit
 from fedkd.deploy.log import setup_log
 from fedkd.deploy.ops import GateMetrics
 from fedkd.deploy.provision import revoke
+from fedkd.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_dates(kits: Path) -> None:
     reissue(kits, "hospital-a", days=-1)
     assert "fedkd provision renew hospital-a" in problem(kits / "hospital-a", "dates", "ended on").fix
     reissue(kits, "hospital-a", now=datetime.now(UTC) + timedelta(days=3))
-    problem(kits / "hospital-a", "dates", "valid from")
+    problem(kits / "hospital-a", "clock", "valid from")
     reissue(kits, "hospital-a", days=5)
     assert problem(kits / "hospital-a", "dates", "valid for 4 more days").level == "warning"
 
@@ -273,3 +274,32 @@ def test_the_command_ends_with_1_where_there_is_a_problem(kits: Path) -> None:
     os.chmod(ClientKit.read(kits / "hospital-a").path("client.key"), 0o640)
     done = run.invoke(app, ["doctor", str(kits / "hospital-a")])
     assert done.exit_code == 1 and "PROBLEM" in done.output and "chmod 600" in done.output
+
+
+# ---- what is refused at the start ---------------------------------------------------------------------------------------
+def test_a_client_that_could_never_work_is_not_started(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the doctor's words; the other start is the operator's to insist on."""
+    folder, started = kits / "hospital-a", list[Path]()
+    monkeypatch.setattr(client, "start", lambda kit: (started.append(kit.folder), 7)[1])
+    missing = problem(folder, "data", "/srv/records.csv")
+    refused = CliRunner().invoke(app, ["client", "start", str(folder)])
+    assert isinstance(refused.exception, ConfigError) and started == []
+    assert f"data: {missing.said} | {missing.fix}" in str(refused.exception)
+    assert CliRunner().invoke(app, ["client", "start", str(folder), "--unchecked"]).exit_code == 0
+    assert started == [folder]
+
+
+def test_what_mends_by_itself_is_no_reason_to_refuse(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is down, a clock that is behind, a disk that is full for now; but not an old certificate."""
+    own, server = ClientKit.read(kits / "hospital-a"), ServerKit.read(kits / "server")
+    (own.folder / "data.yaml").write_text("data: {source: digits}\n")
+    reissue(kits, "hospital-a", now=datetime.now(UTC) + timedelta(days=3))
+    monkeypatch.setattr(doctor, "available_mib", lambda: 1)
+    refuse(own)
+    refuse(server)
+    reissue(kits, "hospital-a", days=-1)
+    with pytest.raises(ConfigError, match=r"dates: client.crt ended on .* fedkd provision renew hospital-a"):
+        refuse(own)
+    (kits / "server" / "superexec.secret").unlink()
+    with pytest.raises(ConfigError, match=r"superexec.secret is missing"):
+        refuse(server)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from devices import connected, exchange, make_kits, own_ports, receive, request, status_of, strangers, until
 
+from fedkd.deploy.bell import Bell, ring
 from fedkd.deploy.gate import Gate, listen
 from fedkd.deploy.kit import ClientKit, ServerKit
 from fedkd.deploy.log import setup_log
@@ -92,6 +93,8 @@ class World:
         self.metrics = GateMetrics()
         self.stand = Stand(self.kit)
         self.gate = Gate(self.kit, setup_log("gate", self.log_folder), self.metrics)
+        self.gate.hold_seconds = 0.0
+        ringing = await self.gate.bell.hear(self.kit.ops_port)
         inner = await asyncio.start_server(self.stand.serve, "127.0.0.1", self.stand.port, ssl=self.stand.tls)
         tasks = [
             asyncio.create_task(self.gate.serve(listen("127.0.0.1", self.kit.port))),
@@ -102,6 +105,7 @@ class World:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        ringing.close()
         inner.close()
 
     def __enter__(self) -> World:
@@ -478,3 +482,61 @@ def test_logs_and_metrics_hold_nothing_that_a_peer_wrote(world: World) -> None:
     text = generate_latest(world.metrics.registry).decode()
     assert "secret-path" not in text and "hospital-x" not in text and 'client="unknown"' in text
     assert "secret-path" not in (world.log_folder / "gate.jsonl").read_text()
+
+
+# ---- questions that are held ------------------------------------------------------------------------------------------
+@contextmanager
+def held(world: World) -> Iterator[ssl.SSLSocket]:
+    """A connection of hospital-a whose second question is held: SuperLink had nothing at the first."""
+    assert status_of(world.send(request(world.client()))) == 200
+    world.gate.hold_seconds = 60.0
+    try:
+        with connected(world.client()) as link:
+            link.sendall(request(world.client()))
+            until(lambda: world.gate.bell.waiting("hospital-a"))
+            yield link
+    finally:
+        world.gate.hold_seconds = 0.0
+        ring(world.kit.ops_port, ["hospital-a"])
+
+
+def test_a_question_is_held_until_somebody_rings(world: World) -> None:
+    with held(world) as link:
+        ring(world.kit.ops_port, ["hospital-b", "nobody", ""])
+        assert status_of(world.send(request(world.client("hospital-b")), "hospital-b")) == 200
+        assert len(world.stand.heads) == 2, "another client's mail is none of hospital-a"
+        ring(world.kit.ops_port, ["hospital-b", "hospital-a"])
+        assert status_of(receive(link)) == 200
+        assert len(world.stand.heads) == 3
+
+
+def test_a_question_of_a_device_that_hung_up_asks_for_nothing(world: World) -> None:
+    with held(world) as link:
+        link.close()
+        until(lambda: all(writer.transport.is_closing() for _, writer in world.gate._open.values()))
+        ring(world.kit.ops_port, ["hospital-a"])
+        assert status_of(world.send(request(world.client()))) == 200
+        assert len(world.stand.heads) == 2, "what SuperLink had given out would have been lost"
+
+
+def test_a_client_revoked_while_its_question_is_held_gets_nothing(made: Path, tmp_path: Path) -> None:
+    with another(made, tmp_path) as world, held(world) as link:
+        revoke(world.kits, "hospital-a")
+        assert link.recv(1) == b""
+        ring(world.kit.ops_port, ["hospital-a"])
+        assert status_of(world.send(request(world.client("hospital-b")), "hospital-b")) == 200
+        assert len(world.stand.heads) == 2
+
+
+def test_a_ring_during_the_answer_is_not_forgotten() -> None:
+    async def run() -> None:
+        bell = Bell()
+        rings = await bell.wait("a", 0.0)
+        bell.datagram_received(b"a\n", None)
+        bell.nothing("a", rings)
+        assert not bell.waiting("a")
+        again = asyncio.create_task(bell.wait("a", 60.0))
+        bell.nothing("a", await again)
+        assert await bell.wait("a", 0.0) == rings + 1
+
+    asyncio.run(run())
