@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from fedkd.simulate import CONFIG, ROWS, SUMMARY
 from fedkd.storage import write_atomic
 
 WATCH_SECONDS = 0.3
+FULL_BYTES = 2**20
 START_TRIES, START_PAUSE_SECONDS = 20, 1.0
 
 
@@ -167,7 +169,9 @@ def follow(kit: ServerKit, folder: Path) -> Iterator[Mapping[str, Any]]:
 def _lost(kit: ServerKit, standing: Standing) -> str | None:
     """Return why a run will not go on, although it did not say so itself."""
     if killed(standing):
-        return "its process was killed"
+        # A run that finds no room can often not even write down why it ended.
+        full = shutil.disk_usage(kit.state).free < FULL_BYTES
+        return f"its process ended without a word, and {kit.state}'s disk is full" if full else "its process was killed"
     control = Control(kit)
     try:
         state = control.state(standing.flower_run)

@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from devices import until
 from inprocess import Network, experiment
 
 from fedkd import simulate
 from fedkd.deploy import run as runs
+from fedkd.deploy import server
+from fedkd.deploy.run import RunEnded
+from fedkd.deploy.serve import Standing
+from fedkd.errors import FedkdError
 from fedkd.storage import StorageError
+from simulations.benchmarks import soak
+from simulations.benchmarks.loopback import Loopback, digits
 
 CLIENTS = 3
 
@@ -116,3 +125,37 @@ def test_17_the_disk_of_a_run(fault: str, tmp_path: Path) -> None:
         network.play(experiment(CLIENTS), folder)
         assert [row["round"] for row in rows(folder)] == [0, 1, 2]
         assert (folder / simulate.STUDENT).read_bytes() == (calm / simulate.STUDENT).read_bytes()
+
+
+@pytest.mark.fault(
+    17, "the disk of a running server fills up: it and its run say so; with room, the undisturbed student"
+)
+def test_17_the_disk_of_a_running_server(tmp_path: Path) -> None:
+    """SuperLink's database, the run's folder and the logs share it. Nothing is restarted by hand but the run."""
+    torch.set_num_threads(1)
+    wanted = soak.experiment(CLIENTS, 12, "ds_fl", "float32")
+    calm = simulate.start(wanted, tmp_path / "calm").folder
+    net = Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=soak.PROXY), limits={"min_free_mib": 4})
+    with small_disk(net.kit.state, 96 * 1024) as disk, net:
+        net.start()
+        supervisor = net.processes()["supervisor"]
+        folder = runs.start(net.kit, wanted)
+        until(lambda: rows(folder), 300)
+        fill(disk)
+        assert len(rows(folder)) < wanted.rounds, "the run was over before its disk was full"
+        until(lambda: "the disk is nearly full" in server.status(net.kit)["unready"], 60)
+        with pytest.raises(RunEnded, match=r"No space left|disk is full"):
+            list(runs.follow(net.kit, folder))
+        empty(disk)
+        until(lambda: server.status(net.kit)["ready"], 120)
+        assert net.processes()["supervisor"] == supervisor
+        end = time.monotonic() + 600
+        while Standing.read(folder).phase != "finished":
+            assert time.monotonic() < end, Standing.read(folder)
+            with contextlib.suppress(FedkdError):
+                runs.resume(net.kit, folder.name)
+            time.sleep(0.5)
+        found = rows(folder)
+        assert [row["round"] for row in found] == list(range(wanted.rounds))
+        assert all(row["answered"] == CLIENTS and row["failed"] is None for row in found)
+        assert soak.difference(folder, calm) < 1e-4

@@ -1,13 +1,18 @@
-"""Fault 16 on real processes: a node is killed in the middle of an upload."""
+"""Fault 16 on real processes: a node is killed in the middle of an upload, and while it charges its privacy ledger."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +20,11 @@ import torch
 from fedkd import simulate
 from fedkd.deploy import client
 from fedkd.deploy import run as runs
+from fedkd.deploy.device import LEDGER
 from fedkd.deploy.kit import ClientKit
 from fedkd.deploy.supervise import PidFile
 from fedkd.experiment import Experiment, validate
+from fedkd.privacy.ledger import Ledger
 from simulations.benchmarks.loopback import Loopback, digits, free_ports
 from simulations.benchmarks.soak import difference
 
@@ -26,7 +33,7 @@ CLIENTS, VICTIM = 3, 1
 pytestmark = pytest.mark.slow
 
 
-def averaging(rounds: int, width: int) -> Experiment:
+def averaging(rounds: int, width: int, **changes: Any) -> Experiment:
     """Return a FedAvg run on the digits; ``width`` hidden units make uploads of 300 bytes each."""
     model = f"mlp(hidden=[{width}])"
     return validate(
@@ -34,7 +41,7 @@ def averaging(rounds: int, width: int) -> Experiment:
             "name": "power-cut", "rounds": rounds, "seed": 1, "data": {"source": "digits"}, "proxy": None,
             "partition": {"clients": CLIENTS, "alpha": 0.5}, "algorithm": "fedavg",
             "models": {"student": model, "devices": model}, "training": {"epochs": 1},
-            "evaluation": {"local_only": False}, "runner": {"kind": "serial"}, "deployment": {"probe_seconds": 2.0},
+            "evaluation": {"local_only": False}, "runner": {"kind": "serial"}, "deployment": {"probe_seconds": 2.0}, **changes,
         }
     )  # fmt: skip
 
@@ -121,3 +128,57 @@ def test_16_killed_in_the_middle_of_an_upload(tmp_path: Path) -> None:
     assert watchman.cuts == 1
     assert [(row["answered"], row["quarantined"], row["failed"]) for row in rows] == [(CLIENTS, [], None)] * 3
     assert difference(folder, calm) < 1e-4
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from fedkd.deploy import client
+from fedkd.deploy.kit import ClientKit
+at, torn, seen, sync = int(sys.argv[2]), sys.argv[3] == "torn", [], os.fsync
+def dies(handle):
+    if os.readlink(f"/proc/self/fd/{handle}").endswith("privacy/ledger.jsonl"):
+        seen.append(handle)
+        if len(seen) == at:
+            if torn:
+                os.ftruncate(handle, os.fstat(handle).st_size - 40)
+            os.kill(os.getpid(), signal.SIGKILL)
+    sync(handle)
+os.fsync = dies
+client.run(ClientKit.read(Path(sys.argv[1])))
+"""
+"""A node that is killed once it has written its ledger for the n-th time and not synced it: whole, or torn."""
+
+
+@pytest.mark.fault(
+    16, "a node's process is killed while it charges its ledger: every released round is charged, some twice"
+)
+def test_16_killed_while_budget_is_spent(tmp_path: Path) -> None:
+    """Three deaths, in two rounds; each time it comes back, works and charges again. The ledger never says too little."""
+    rounds = 3
+    wanted = averaging(rounds, 64, privacy={"kind": "dp_sgd", "noise_multiplier": 1.0, "sampling_rate": 0.2})
+    with Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=None)) as net:
+        kit = net.clients[VICTIM]
+        ledger = kit.state / LEDGER
+        net.start_server()
+        for other in net.clients:
+            if other is not kit:
+                net.start_client(other)
+        folder = runs.start(net.kit, wanted)
+        for at, how in ((1, "whole"), (1, "torn"), (2, "whole")):
+            command = [sys.executable, "-c", DIES, str(kit.folder), str(at), how]
+            done = subprocess.run(command, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            # What was charged before the death stays charged, a torn line is none, and no answer waits to be sent.
+            answered = {path.name[:6] for path in (kit.state / "runs").glob("*/outbox/*.answer")}
+            charged = {f"{entry.round:06d}" for entry in Ledger(ledger).entries}
+            assert answered <= charged
+        net.start_client(kit)
+        rows = list(runs.follow(net.kit, folder))
+        assert [(row["answered"], row["quarantined"], row["failed"]) for row in rows] == [(CLIENTS, [], None)] * rounds
+        mine, others = (Ledger(k.state / LEDGER) for k in (kit, net.clients[0]))
+    charges = [entry.round for entry in mine.entries]
+    assert set(charges) == set(range(rounds))
+    once = len(others.entries)
+    assert once % rounds == 0 and len(charges) > once
+    assert mine.epsilon(1e-5, VICTIM) > others.epsilon(1e-5, 0)
