@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ CLIENTS, VICTIM = 3, 1
 pytestmark = pytest.mark.slow
 
 
-def averaging(rounds: int, width: int, **changes: Any) -> Experiment:
+def averaging(rounds: int, width: int) -> Experiment:
     """Return a FedAvg run on the digits; ``width`` hidden units make uploads of 300 bytes each."""
     model = f"mlp(hidden=[{width}])"
     return validate(
@@ -41,7 +40,19 @@ def averaging(rounds: int, width: int, **changes: Any) -> Experiment:
             "name": "power-cut", "rounds": rounds, "seed": 1, "data": {"source": "digits"}, "proxy": None,
             "partition": {"clients": CLIENTS, "alpha": 0.5}, "algorithm": "fedavg",
             "models": {"student": model, "devices": model}, "training": {"epochs": 1},
-            "evaluation": {"local_only": False}, "runner": {"kind": "serial"}, "deployment": {"probe_seconds": 2.0}, **changes,
+            "evaluation": {"local_only": False}, "runner": {"kind": "serial"}, "deployment": {"probe_seconds": 2.0},
+        }
+    )  # fmt: skip
+
+
+def private(rounds: int) -> Experiment:
+    """Return a DS-FL run on the digits under DP-SGD."""
+    return validate(
+        {
+            "name": "budget", "rounds": rounds, "seed": 1, "data": {"source": "digits"}, "proxy": {"size": 200},
+            "partition": {"clients": CLIENTS, "alpha": 0.5}, "algorithm": "ds_fl", "training": {"epochs": 1},
+            "privacy": {"kind": "dp_sgd", "noise_multiplier": 1.0, "sampling_rate": 0.2},
+            "evaluation": {"local_only": False}, "runner": {"kind": "serial"}, "deployment": {"probe_seconds": 2.0},
         }
     )  # fmt: skip
 
@@ -156,8 +167,8 @@ client.run(ClientKit.read(Path(sys.argv[1])))
 def test_16_killed_while_budget_is_spent(tmp_path: Path) -> None:
     """Three deaths, in two rounds; each time it comes back, works and charges again. The ledger never says too little."""
     rounds = 3
-    wanted = averaging(rounds, 64, privacy={"kind": "dp_sgd", "noise_multiplier": 1.0, "sampling_rate": 0.2})
-    with Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=None)) as net:
+    wanted = private(rounds)
+    with Loopback(tmp_path, CLIENTS, digits(CLIENTS, proxy=200)) as net:
         kit = net.clients[VICTIM]
         ledger = kit.state / LEDGER
         net.start_server()
