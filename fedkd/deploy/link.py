@@ -146,7 +146,7 @@ class Link:
             return None
         outline = message_from_proto(listed.messages_list[0])
         run, name = outline.metadata.run_id, outline.metadata.message_id
-        arriving = Arriving.begin(name, listed.message_object_trees[0], most_bytes)
+        arriving = Arriving.begin(listed.messages_list[0], listed.message_object_trees[0], most_bytes)
         for item in list(arriving.left):
             for _ in range(PULL_TRIES):
                 request = PullObjectRequest(node=node, run_id=run, object_id=item)

@@ -101,7 +101,7 @@ class GridPost(Post):
                     found.append((name, None))
                     continue
                 try:
-                    self._arriving[name] = Arriving.begin(proto.metadata.message_id, tree, self._most)
+                    self._arriving[name] = Arriving.begin(proto, tree, self._most)
                 except MailError as cause:
                     found.append((name, cause))
         for name in names:

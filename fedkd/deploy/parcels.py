@@ -7,15 +7,18 @@ So sizes are counted while they come, and a sender that claims much or sends som
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import fedkd.deploy.switches  # noqa: F401  # first: Flower reads its switches when it is imported
-from fedkd.deploy.mail import MailError
+from fedkd.deploy.mail import SECTION, MailError
 
 from flwr.app import Message  # isort: skip
 from flwr.common.serde import message_to_proto  # isort: skip
 from flwr.app.message import remove_content_from_message  # isort: skip
+from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER  # isort: skip
 from flwr.supercore.inflatable.inflatable_object import (  # isort: skip
     get_all_nested_objects,
     get_object_tree,
@@ -41,8 +44,8 @@ class Arriving:
     size: int = 0
 
     @classmethod
-    def begin(cls, message_id: str, tree: Any, most_bytes: int) -> Arriving:
-        """Read the outline of a message.
+    def begin(cls, listed: Any, tree: Any, most_bytes: int) -> Arriving:
+        """Read the outline of a message: how SuperLink lists it, and the tree of its objects' names.
 
         Raises:
             MailError: it lists more objects than any message of fedkd has.
@@ -52,7 +55,12 @@ class Arriving:
             names[node.object_id] = None
             if len(names) > MAX_OBJECTS:
                 raise MailError("form", f"a message of more than {MAX_OBJECTS} objects")
-        return cls(message_id, list(names), most_bytes)
+        arriving = cls(listed.metadata.message_id, list(names), most_bytes)
+        for content in _foreseen(listed, tree):
+            name = hashlib.sha256(content).hexdigest()
+            if name in names:
+                arriving.take(name, content)
+        return arriving
 
     def take(self, name: str, content: bytes) -> None:
         """Accept one object.
@@ -83,6 +91,28 @@ class Arriving:
         if not isinstance(found, Message):
             raise MailError("form", f"a {type(found).__name__} where a message was due")
         return found
+
+
+def _foreseen(listed: Any, tree: Any) -> Iterator[bytes]:
+    """Guess what need not be asked for: a message's head, and the list of its records where it has but a short text.
+
+    Each object costs a request of its own. A guess counts only if its hash is the name that was listed.
+    """
+    metadata = type(listed.metadata)()
+    metadata.CopyFrom(listed.metadata)
+    metadata.message_id = ""
+    head = type(listed)(metadata=metadata).SerializeToString(deterministic=True)
+    children = list(tree.children)
+    yield _object("Message", [child.object_id for child in children], head)
+    if len(children) == 1 and len(children[0].children) == 1:
+        text = children[0].children[0].object_id
+        yield _object("RecordDict", [text], json.dumps({SECTION: text}).encode())
+
+
+def _object(kind: str, children: list[str], body: bytes) -> bytes:
+    """Return an object as Flower writes it: kind, names of its parts, length, and the body."""
+    head = HEAD_VALUE_DIVIDER.join([kind, ",".join(children), str(len(body))])
+    return bytes(head.encode() + HEAD_BODY_DIVIDER + body)
 
 
 def take_apart(message: Message) -> tuple[Any, Any, dict[str, bytes]]:

@@ -10,6 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedkd.deploy.mail import MailError, Say, pack_say, unpack_say
+from fedkd.deploy.parcels import Arriving, take_apart
 from simulations.benchmarks import fuzz_mail
 
 
@@ -51,3 +52,23 @@ def test_words_of_a_device_cannot_steer_a_terminal_or_become_a_metrics_label(mon
             record = pack_say(say(reason="policy", message="no"), node)
         with pytest.raises(MailError, match="unknown form"):
             unpack_say(record, node.public_key())
+
+
+def test_what_follows_from_the_listing_is_not_asked_for() -> None:
+    """Of a short message one object is left; the others are made here, and are what the sender's are."""
+    for letter in fuzz_mail.letters():
+        listed, tree, objects = take_apart(fuzz_mail.message(letter.record()))
+        arriving = Arriving.begin(listed, tree, 2**20)
+        assert arriving.contents.items() <= objects.items() and arriving.contents
+        assert len(arriving.left) == (1 if len(objects) == 3 else len(objects) - 1)
+        for name in list(arriving.left):
+            arriving.take(name, objects[name])
+        assert letter.read(arriving.finish().content) == letter.said
+
+
+def test_a_listing_that_lies_is_not_believed() -> None:
+    """Whatever a listing says beside the names: what is not of that name is asked for."""
+    listed, tree, objects = take_apart(fuzz_mail.message(fuzz_mail.letters()[0].record()))
+    listed.metadata.src_node_id += 1
+    assert tree.object_id in Arriving.begin(listed, tree, 2**20).left
+    assert len(Arriving.begin(listed, tree, 2**20).left) == len(objects) - 1

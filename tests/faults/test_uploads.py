@@ -171,11 +171,11 @@ def test_a_bad_answer_is_quarantined(
 
 @pytest.mark.fault(8, "refused while it comes, at the first object beyond the cap")
 def test_8_over_the_cap(network: Network, without: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    from flwr.proto.message_pb2 import ObjectTree
+    from flwr.proto.message_pb2 import Message, ObjectTree
 
     from fedkd.deploy.parcels import Arriving
 
-    arriving = Arriving.begin("m", ObjectTree(object_id="a"), 10)
+    arriving = Arriving.begin(Message(), ObjectTree(object_id="a"), 10)
     with pytest.raises(MailError, match="over the cap of 10 bytes") as caught:
         arriving.take("a", bytes(11))
     student, rows = play(network, tmp_path / "run", lambda wire, ask, say: caught.value)
