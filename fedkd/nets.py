@@ -13,6 +13,7 @@ from fedkd.algorithms.base import Batch
 from fedkd.kernels.jobs import run
 from fedkd.kernels.program import Program
 from fedkd.labeller import class_probabilities
+from fedkd.losses.response import softmax
 from fedkd.models import Architecture
 
 
@@ -52,7 +53,7 @@ class Net:
 
     def probabilities(self, batch: Batch | Tensor) -> Tensor:
         """Return class probabilities [B, C]."""
-        return self(batch).softmax(-1)
+        return softmax(self(batch))
 
     def mode(self, *, training: bool) -> None:
         """Put the models behind this net into training or evaluation mode."""

@@ -17,6 +17,7 @@ from fedkd.client import fit_predictor, respond
 from fedkd.engines.base import Engine, SerialEngine
 from fedkd.engines.stacked import StackedEngine
 from fedkd.errors import ConfigError
+from fedkd.losses.response import softmax
 from fedkd.messages import Reply, Request
 from fedkd.site import Site
 from fedkd.storage import StorageError
@@ -145,11 +146,11 @@ def inspect(site: Site, engine: Engine, store: Store, clients: Sequence[int], ro
         for k, scores in found:
             place = nets[k][0]
             correct[place] = count_correct(scores, labels, site.classes)
-            ensemble += scores.softmax(-1).numpy()
+            ensemble += softmax(scores).numpy()
         for place in sorted(kept.keys() - {i for i, _ in nets}):
             scores = _predictor_scores(site, cards[place], kept[place], x)
             correct[place] = count_correct(scores, labels, site.classes)
-            ensemble += scores.softmax(-1).numpy()
+            ensemble += softmax(scores).numpy()
     return Inspection(correct, ensemble / max(len(clients), 1))
 
 

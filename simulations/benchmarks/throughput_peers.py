@@ -253,6 +253,8 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's workers stand back by 15 otherwise, so that whatever else this machine does would slow Flower alone.
+    "RAY_worker_niceness": "0",
 }
 """Keeps Flower and Ray off the network. Flower reads it at import."""
 
