@@ -186,6 +186,15 @@ def test_co_boosting_counts_inputs_that_the_ensemble_is_sure_of_for_little() -> 
     p = told.softmax(1)[:, 0]
     assert torch.allclose(Boosting().hard(told, y), ((1 - p) * -p.log()).mean())
     assert torch.allclose(Boosting(hardness=0).hard(told, y), F.cross_entropy(told, y))
+    how = {**BOOST, "steps": 40, "batch_size": 16, "lr": 0.02, "adversarial": 0.0}
+    easy, harder = (_sure(work(Boosting(**how, hardness=h), epochs=1)) for h in (0.0, 5.0))
+    assert harder < 0.9 * easy
+
+
+def _sure(found: DataFree) -> float:
+    """Return the ensemble's mean probability of the classes that inputs were made for."""
+    told = found.guide.mix(found.maker.extra["each"]).softmax(1)
+    return float(told.gather(1, found.maker.extra["y"][:, None]).mean())
 
 
 def test_co_boosting_raises_the_weight_of_models_that_are_right_about_the_pool() -> None:
@@ -215,6 +224,9 @@ def test_co_boosting_moves_inputs_to_where_the_ensemble_answers_otherwise() -> N
         gap, chance = ((found.guide(v) - found.guide(x)).norm() for v in (moved, anyhow))
     assert gap > 2 * chance
     assert torch.equal(work(Boosting(**BOOST, move=0.0), epochs=1).maker.moved(x), x)
+    found.maker.moved = lambda drawn: torch.zeros(4, *FORM.shape)
+    student, none = found.student.eval(), torch.zeros(4, *FORM.shape)
+    assert torch.allclose(found.maker.loss(student, 4), found.method.student_loss(student(none), found.guide(none)))
 
 
 def test_co_boosting_needs_the_models_themselves() -> None:
@@ -343,3 +355,13 @@ def test_fedftg_seeks_inputs_on_which_the_average_is_wrong_and_mends_it_there() 
     plain = {"classes": 0.0, "diversity": 0.0}
     assert gap(hard(counts, **plain)) > 2 * gap(hard(counts, makes_per_epoch=1, lr=0.0, **plain))
     assert gap(hard(counts, student_steps=5, **plain)) < 0.5 * gap(hard(counts, **plain))
+
+
+def test_fedftgs_inputs_are_of_their_classes_and_differ() -> None:
+    counts = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    adrift, classed, spread = (
+        hard(counts, classes=c, diversity=d).maker for c, d in ((0.0, 0.0), (20.0, 0.0), (0.0, 50.0))
+    )
+    right = [float((m.each.mean(0).argmax(1) == m.y).float().mean()) for m in (adrift, classed)]
+    assert right[1] > 0.9 > 0.6 > right[0]
+    assert spread.x.flatten(1).std(0).mean() > 3 * adrift.x.flatten(1).std(0).mean()
