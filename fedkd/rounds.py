@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,8 +125,9 @@ class Open:
 class Rounds:
     """Runs an experiment's rounds over a runner."""
 
-    def __init__(self, site: Site, runner: Runner, run: str) -> None:
-        self.site, self.runner, self.run = site, runner, run
+    def __init__(self, site: Site, runner: Runner, run: str, scratch: Path | None = None) -> None:
+        """``scratch``: a folder for what long work on the server leaves behind within a round."""
+        self.site, self.runner, self.run, self._scratch = site, runner, run, scratch
         self.experiment, self.method = site.experiment, site.method
         self.population = site.experiment.population
         self.wanted = self.population.cohort(len(site.cards))
@@ -572,7 +574,7 @@ class Rounds:
         except (NothingReleased, SecureSumError) as cause:
             return str(cause)
         progress.state = replace(progress.state, memory=memory)
-        tools = Tools(self.site, open.number, ask, open.drawn, sorted(open.heard))
+        tools = Tools(self.site, open.number, ask, open.drawn, sorted(open.heard), self._scratch)
         knowledge = self.method.aggregate(answers, progress.state, tools)
         state = replace(progress.state, knowledge=knowledge, asked=ask)
         progress.state = self.method.update(state, knowledge, tools)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,9 +29,15 @@ class Tools:
     """Server-side tools for one round; see :class:`fedkd.algorithms.base.ServerTools`."""
 
     def __init__(
-        self, site: Site, round: int, asked: np.ndarray, drawn: np.ndarray | None = None, heard: Sequence[int] = ()
+        self,
+        site: Site,
+        round: int,
+        asked: np.ndarray,
+        drawn: np.ndarray | None = None,
+        heard: Sequence[int] = (),
+        scratch: Path | None = None,
     ) -> None:
-        self._site, self._round, self.heard = site, round, heard
+        self._site, self._round, self.heard, self._scratch = site, round, heard, scratch
         self.asked, self.drawn = asked, asked if drawn is None else drawn
         self.classes, self.shape, self.dtype = site.classes, site.shape, site.dtype
         self.bounds = site.federation.split.train.bounds
@@ -38,6 +46,19 @@ class Tools:
     def seed(self, *labels: str | int) -> int:
         """Return the seed of this round's stream named by ``labels``."""
         return key(self._site.experiment.seed, "server", self._round, *labels)
+
+    def scratch(self, label: str, *given: Tensors) -> Path | None:
+        """Return a folder for what long work on ``given`` leaves behind; work on other tensors gets another one.
+
+        It outlives an interruption of this round, and is gone once the round is saved. None where no run folder is kept.
+        """
+        if self._scratch is None:
+            return None
+        digest = hashlib.sha256()
+        for name, tensor in (item for tensors in given for item in sorted(tensors.items())):
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        return self._scratch / f"{self._round}-{label}-{digest.hexdigest()[:16]}"
 
     def initial(self, architecture: str, *labels: str | int) -> Tensors:
         """Return fresh weights, different for different ``labels`` and rounds."""

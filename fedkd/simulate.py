@@ -51,7 +51,7 @@ from fedkd.virtual import flights
 
 SCHEMA = 1
 CONFIG, ROWS, SUMMARY, PARTITION, SWEEP = "config.yaml", "rounds.jsonl", "summary.json", "partition.json", "sweep.json"
-STUDENT, CHECKPOINTS, STATES = "student.safetensors", "checkpoints", "states"
+STUDENT, CHECKPOINTS, STATES, SCRATCH = "student.safetensors", "checkpoints", "states", "scratch"
 MAX_NAME = 120
 """Characters of a point's folder; file systems allow 255 bytes."""
 LOST = 0.2
@@ -164,7 +164,7 @@ def play(site: Site, runner: Runner, folder: Path, watch: Watch | None = None, *
     Ctrl-C (KeyboardInterrupt) leaves a folder that :func:`resume` goes on with, and is raised again.
     """
     began = time.perf_counter()
-    rounds = Rounds(site, runner, run=run if run is not None else folder.name)
+    rounds = Rounds(site, runner, run if run is not None else folder.name, folder / SCRATCH)
     progress = _restore(site, runner, folder) or rounds.begin()
     _cut_rows(folder, progress.state.round)
     experiment = site.experiment
@@ -173,6 +173,7 @@ def play(site: Site, runner: Runner, folder: Path, watch: Watch | None = None, *
         append_line(folder / ROWS, json.dumps(record, allow_nan=False))
         if progress.state.round % experiment.checkpoint.every == 0 or progress.state.round == experiment.rounds:
             _save(runner, folder, progress, experiment.checkpoint.keep)
+            shutil.rmtree(folder / SCRATCH, ignore_errors=True)
         if watch is not None:
             watch(record, experiment.rounds)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -182,7 +183,8 @@ class ServerTools(Protocol):
     ``drawn``: the proxy samples drawn for this round; ``asked``: those of them that devices answered (see
     :meth:`Algorithm.ask`). ``heard``: the devices that this round's message surely reached, those without an answer
     among them. ``devices`` and ``proxies``: how many devices and proxy samples there are. ``shape`` and ``bounds``: of one
-    input, and of its values as far as they are public; None where they are not.
+    input, and of its values as far as they are public; None where they are not. ``scratch``: a folder for what long work on
+    ``given`` leaves behind, which outlives an interruption of this round; None where nothing is kept.
     """
 
     asked: np.ndarray
@@ -196,6 +198,7 @@ class ServerTools(Protocol):
     bounds: tuple[float, float] | None
 
     def seed(self, *labels: str | int) -> int: ...
+    def scratch(self, label: str, *given: Tensors) -> Path | None: ...
     def initial(self, architecture: str, *labels: str | int) -> Tensors: ...
     def public(self, indices: np.ndarray) -> Tensor: ...
     def labels(self, indices: np.ndarray) -> Tensor: ...

@@ -3,6 +3,8 @@
 Meant for ``rounds: 1``. With more rounds devices go on from their own weights, and the student from its last ones; who did
 not answer in a round is no teacher in it. Devices may run different architectures.
 
+An interruption within the one round costs a minute of the server's work, and the devices' own.
+
 What happens after the answers sees them alone. Under DP-SGD it is post-processing: it costs no privacy, and the ledger's
 epsilon covers it.
 """
@@ -25,6 +27,10 @@ from fedkd.payloads import Bundle, Nothing, Payload, Weights
 if TYPE_CHECKING:
     from fedkd.models import Architecture
     from fedkd.nets import Net
+
+
+PAUSE = 60.0
+"""Seconds between two checkpoints of a round's work on the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,5 +89,5 @@ class OneShot(Algorithm, ABC):
             seed=tools.seed(self.name),
             keep=self.pool,
         )
-        work.run()
+        work.run(checkpoint=tools.scratch(self.name, weights, *(tensors for _, tensors in models)), pause=PAUSE)
         return replace(with_model(server, "student", architecture, work.taught()), knowledge=Nothing())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from harness import CNN, MLP, RESNET, assemble, assert_finite, assert_same, merg
 from test_ideas import C, batch, collect, direct, normal, server
 from torch.nn import functional as F
 
+from fedkd import simulate
 from fedkd.algorithms.base import Heard
 from fedkd.algorithms.catalogue import build, method_class
 from fedkd.algorithms.co_boosting import Boosting
@@ -32,8 +34,10 @@ from fedkd.distill.datafree import (
 from fedkd.distill.loop import Fit
 from fedkd.distill.teachers import ModuleTeacher
 from fedkd.errors import ConfigError
+from fedkd.experiment import validate
 from fedkd.models.registry import cnn
 from fedkd.payloads import Bundle, Nothing, Weights
+from fedkd.server_tools import Tools
 
 ONE_SHOT = ["dense", "co_boosting"]
 TEACHER = "cnn(channels=[8, 16], features=32)"
@@ -114,6 +118,41 @@ def test_what_follows_dp_sgd_costs_no_privacy(method: str) -> None:
     }
     spent = [play(merged(raw, {"algorithm": one})).records[0]["epsilon"] for one in (section(method), "ds_fl")]
     assert spent[0] == spent[1] and 0 < spent[0] < np.inf
+
+
+def test_an_interruption_within_the_round_costs_little_of_the_servers_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = merged(SHOT, {"algorithm": merged(section("co_boosting"), {"epochs": 4}), "training": {"epochs": 1}})
+    wanted = validate(merged(raw, {"models": {"student": MLP, "devices": [MLP]}, "data": {"train_size": 60}}))
+    simulate.start(wanted, tmp_path / "a" / "run")
+    epochs: list[int] = []
+    plain, scratch = DataFree._epoch, tmp_path / "b" / "run" / "scratch"
+
+    def cut(work: DataFree, epoch: int, optimizer: Any) -> Any:
+        epochs.append(epoch)
+        if epochs == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return plain(work, epoch, optimizer)
+
+    monkeypatch.setattr(DataFree, "_epoch", cut)
+    monkeypatch.setattr("fedkd.algorithms.oneshot.PAUSE", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        simulate.start(wanted, tmp_path / "b" / "run")
+    assert len(list(scratch.iterdir())) == 1
+    simulate.resume(tmp_path / "b" / "run")
+    assert epochs == [0, 1, 2, 2, 3] and not scratch.exists()
+    student = [(tmp_path / side / "run" / "student.safetensors").read_bytes() for side in "ab"]
+    assert student[0] == student[1]
+
+
+def test_what_is_left_of_work_on_other_models_is_not_taken_up(tmp_path: Path) -> None:
+    site = assemble({"algorithm": "local"}).site
+    tools = Tools(site, 0, np.zeros(0, np.int64), scratch=tmp_path)
+    one, other = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    assert tools.scratch("dense", one) == tools.scratch("dense", {"w": torch.zeros(2)}) != tools.scratch("dense", other)
+    assert tools.scratch("dense", one, other) != tools.scratch("dense", other, one)
+    assert Tools(site, 0, np.zeros(0, np.int64)).scratch("dense", one) is None
 
 
 def test_parameters_of_a_section_within_are_checked() -> None:

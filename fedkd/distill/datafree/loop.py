@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -66,12 +67,15 @@ class DataFree:
         self.maker.student_batch = self.how.batch_size
         self.log: list[Epoch] = []
 
-    def run(self, *, checkpoint: Path | None = None, watch: Callable[[Epoch], None] | None = None) -> list[Epoch]:
+    def run(
+        self, *, checkpoint: Path | None = None, pause: float = 0.0, watch: Callable[[Epoch], None] | None = None
+    ) -> list[Epoch]:
         """Train for ``fit.epochs`` and return the log, one entry per epoch with the student's mean loss.
 
         Args:
             checkpoint: folder that is written after every epoch; where it holds an earlier epoch, training goes on from
                 there, bit for bit.
+            pause: seconds that pass at least between two writes of it.
             watch: called after every epoch.
         Raises:
             ConfigError: the student diverged.
@@ -79,12 +83,13 @@ class DataFree:
         """
         optimizer = self.how.build([p for p in self.student.parameters() if p.requires_grad])
         first = self._restore(checkpoint, optimizer) if checkpoint is not None else 0
-        before = self.student.training
+        before, saved = self.student.training, -math.inf
         for epoch in range(first, self.how.epochs):
             with _seeded(self.seed, self.device, self.dtype, "epoch", epoch):
                 self.log.append(self._epoch(epoch, optimizer))
-            if checkpoint is not None:
+            if checkpoint is not None and time.monotonic() - saved >= pause:
                 self._save(checkpoint, optimizer, epoch + 1)
+                saved = time.monotonic()
             if watch is not None:
                 watch(self.log[-1])
         self.student.train(before)
