@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of runs on a real server: ``python -m simulations.benchmarks.soak --kills 10 --seed 1``.
+"""Kill -9 at random moments of runs on a real server: ``python -m simulations.benchmarks.soak --kills 24 --seed 1``.
 
 A server and its nodes work on this machine, as `fedkd server start` and `fedkd client start` run them. Beside them a killer
 sends SIGKILL at moments drawn from the seed: to one process of the server (SuperLink, SuperExec, gate, supervisor, the
@@ -39,8 +39,8 @@ from simulations.benchmarks.loopback import Loopback, digits, scratch
 from simulations.tables import HERE, made_with
 
 SERVER = ("superlink", "superexec", "gate", "supervisor", "run")
-VICTIMS = ("power cut", "node", "superlink", "run", "node", "superexec", "gate", "supervisor", "power cut", "run")
-"""One block of victims; its order is drawn anew for each ten kills."""
+VICTIMS = ("node",) * 6 + ("power cut", "superlink", "run", "superexec", "gate", "supervisor")
+"""One block of victims, half of them nodes; its order is drawn anew for each twelve kills."""
 PROXY = 200
 TOLERANCE = 1e-4
 
@@ -305,7 +305,7 @@ def _sum(outcomes: list[dict[str, Any]], key: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Kill, print the table and write JSON; exit with 1 if a student came out different."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=8, help="of each run")

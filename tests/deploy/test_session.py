@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -79,6 +80,21 @@ def get(port: int, target: str) -> str:
         return str(answer.read().decode())
 
 
+def assert_logs_keep_silent(kits: Path) -> None:
+    """No key, secret or seed in any log of server and clients, SuperLink's and SuperExec's own included."""
+    logs = {path: path.read_bytes() for path in kits.glob("*/state/logs/*") if path.is_file()}
+    assert {path.name for path in logs} >= {"client.jsonl", "run.jsonl", "gate.jsonl", "server.jsonl", "superlink.log"}
+    secret = (kits / "server/superexec.secret").read_bytes()
+    secrets = [secret, secret.hex().encode(), base64.b64encode(secret)]
+    for path in kits.glob("*/*.key"):
+        lines = path.read_bytes().splitlines()
+        secrets.append(lines[len(lines) // 2])
+    assert len(secrets) > 10 and min(map(len, secrets)) > 30
+    for path, text in logs.items():
+        assert not [word for word in secrets if word in text], path
+        assert b"seed" not in text.lower(), path
+
+
 def test_an_operators_day(tmp_path: Path) -> None:
     """Left alone, come back to, killed, resumed to the simulator's student; then renewed, joined and revoked."""
     shutil.copytree(ROOT / "simulations", tmp_path / "simulations", ignore=shutil.ignore_patterns("__pycache__"))
@@ -142,3 +158,4 @@ def test_an_operators_day(tmp_path: Path) -> None:
         rows = [json.loads(line) for line in (kit.runs / "second/rounds.jsonl").read_text().splitlines()]
         assert [(row["answered"], row["failed"]) for row in rows] == [(3, None), (3, None)]
         assert all({q["client"] for q in row["quarantined"]} <= {1} for row in rows)
+    assert_logs_keep_silent(tmp_path / "kits")
