@@ -6,7 +6,7 @@ a secret besides.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedkd.errors import ConfigError
+from fedkd.named import imported
 from fedkd.payloads import Payload, SoftLabels
 from fedkd.seeding import numpy_rng
 
@@ -33,19 +34,23 @@ class AttackConfig(BaseModel):
     * `collude`: all attackers agree on one wrong class for each class.
     * `constant`: class 0, whatever the sample.
     * `sybil`: one liar's random labels under many names.
+    * `package.module:function`, yours: from honest probabilities [N, C] and a NumPy generator, equal for all attackers of a
+      round, to those that are sent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Kind = "none"
+    kind: Kind | Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = "none"
     share: float = Field(0.3, ge=0, le=1, description="Share of devices that attack.")
 
     def check(self, method: Algorithm) -> None:
-        """Refuse a method whose answers the attacks do not know.
+        """Refuse a method whose answers the attacks do not know, and an attack that cannot be imported.
 
         Raises:
-            ConfigError: naming what they know.
+            ConfigError: naming what they know, or what is missing.
         """
+        if ":" in self.kind and not callable(imported(self.kind, "attack")):
+            raise ConfigError(f"attack.kind {self.kind} is no function of probabilities and a generator")
         if self.kind != "none" and method.upload is not SoftLabels:
             raise ConfigError(
                 f"attack.kind {self.kind} lies about soft labels; {method.name} sends {method.upload.__name__}: use ds_fl or "
@@ -64,10 +69,13 @@ class AttackConfig(BaseModel):
         """Return the lie that is told instead of ``payload``."""
         if not isinstance(payload, SoftLabels) or self.kind == "none":
             return payload
+        if ":" in self.kind:
+            lie = imported(self.kind, "attack")(payload.labels, numpy_rng(seed, "attack", round))
+            return SoftLabels(labels=lie.to(payload.labels.dtype))
         return SoftLabels(labels=_lie(self.kind, payload.labels, seed, round))
 
 
-def _lie(kind: Kind, p: Tensor, seed: int, round: int) -> Tensor:
+def _lie(kind: str, p: Tensor, seed: int, round: int) -> Tensor:
     """Return false probabilities [N, C] for honest ones.
 
     The loss-maximising and class-prior attacks are those of C. Roux, M. Zimmer, S. Pokutta, "On the Byzantine-Resilience

@@ -140,6 +140,25 @@ def test_lies_are_what_they_are_called() -> None:
     assert torch.equal(again, told["sybil"]), "sybils say one thing whatever they know"
 
 
+def shy(p: Tensor, rng: np.random.Generator) -> Tensor:
+    """An attack from outside: all attackers push one class, drawn anew in every round."""
+    return torch.nn.functional.one_hot(torch.full((len(p),), int(rng.integers(p.shape[1]))), p.shape[1])
+
+
+def test_an_attack_may_come_from_outside() -> None:
+    attack = AttackConfig(kind=f"{__name__}:shy")
+    p = honest(7)[0]
+    told = [attack.spoil(SoftLabels(labels=p), seed=1, round=r).tensors()["labels"] for r in (0, 0, 1, 2, 3)]
+    assert (
+        torch.equal(told[0], told[1])
+        and told[0].dtype == p.dtype
+        and bool((told[0].argmax(-1) == told[0][0].argmax()).all())
+    )
+    assert any(not torch.equal(told[0], other) for other in told[2:])
+    with pytest.raises(ConfigError, match="attack 'nowhere:shy' cannot be imported"):
+        validate({"attack": {"kind": "nowhere:shy"}})
+
+
 def test_the_seed_chooses_the_attackers() -> None:
     attack = AttackConfig(kind="lma", share=0.3)
     assert len(attack.attackers(20, 1)) == 6 and attack.attackers(20, 1) != attack.attackers(20, 2)
