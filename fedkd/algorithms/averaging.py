@@ -81,14 +81,14 @@ class WeightAveraging(Algorithm, ABC):
 
 
 def flatten(tensors: Tensors) -> Tensor:
-    """Return all tensors of floats as one vector."""
-    return torch.cat([t.flatten() for t in tensors.values() if t.is_floating_point()])
+    """Return all tensors of floats as one vector, by name: messages and checkpoints keep no other order."""
+    return torch.cat([t.flatten() for _, t in sorted(tensors.items()) if t.is_floating_point()])
 
 
 def unflatten(flat: Tensor, like: Tensors) -> dict[str, Tensor]:
     """Undo :func:`flatten`; counters are taken from ``like``."""
     out, at = {}, 0
-    for name, value in like.items():
+    for name, value in sorted(like.items()):
         if not value.is_floating_point():
             out[name] = value
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import MLP, assemble, merged, play, tapped
+from harness import CNN, MLP, assemble, merged, play, tapped
 from test_ideas import C, Direct, batch, collect, direct, heard, normal, server
 from torch import Tensor
 from torch.nn import functional as F
@@ -519,6 +519,15 @@ def test_fedaux_hears_the_logits_of_a_device_by_its_certainty_of_each_sample() -
     h = F.normalize(x[2:], dim=1)
     s = [torch.sigmoid(h @ v)[:, None] for v in w]
     assert torch.allclose(found["labels/labels"], ((s[0] * z[0] + s[1] * z[1]) / (s[0] + s[1])).softmax(-1))
+
+
+def test_fedaux_devices_score_by_the_servers_extractor() -> None:
+    # Batch normalisation: its buffers stand elsewhere in a message than in a model.
+    played = play(merged(TINY, {"algorithm": "fedaux", "rounds": 1, "models": {"student": CNN, "devices": [CNN]}}))
+    _, extractor = played.progress.state.models["extractor"]
+    for client in range(3):
+        held = played.runner.store.load(client, 1).state.models["extractor"]
+        assert held.keys() == extractor.keys() and all(torch.equal(held[n], t) for n, t in extractor.items())
 
 
 def test_fedaux_sends_the_extractor_once_to_each_device() -> None:
