@@ -13,9 +13,9 @@ and selects x if r(x) is above the ``quantile`` of r on records that were held o
 the devices that selected it, p̄, and drops it if ‖p̄ - onehot(argmax p̄)‖₁ > tau or if nobody selected it.
 
 Deviations: the paper's public code multiplies by K11 / n + lambda I where its formula inverts it; the formula is followed.
-The noise is uniform between the least and the largest value of the proxy samples, which are public. A device fits on its
-first records (``fit`` of them, at least two, at most ``fit_most``) and holds out as many of the following ones. A device
-with fewer than four records selects nothing. tau is ours: the paper tunes it by data set. The server's student is ours.
+The noise is uniform between the least and the largest value of the proxy samples, and sigma counts in their deviation: they
+are public. A device fits on its first records (``fit`` of them, from two to ``fit_most``) and holds out as many that follow;
+with fewer than four it selects nothing. tau is ours: the paper tunes it by data set. The server's student is ours.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class SelectiveFD(Algorithm):
     student: ClassVar[bool] = True
 
     selects: bool = True  # False: every device answers every sample
-    sigma: float = 5.0  # width of the kernel
+    sigma: float = 5.0  # width of the kernel, in standard deviations of the proxy samples' numbers
     noise: int = 250  # n, samples of uniform noise
     fit: float = 0.05  # share of the records that the ratio is fitted on
     fit_most: int = 500
     quantile: float = 0.25  # of r on held-out records: the selector's threshold
-    tau: float = 1.0  # largest distance of an ensemble's answer from certainty; 2 lets all pass
+    tau: float = 0.9  # largest distance of a mean answer from certainty: 1 for two that contradict; 2 lets all pass
 
     @property
     def ridge(self) -> float:
@@ -85,7 +85,8 @@ class SelectiveFD(Algorithm):
         draw = torch.from_numpy(np.random.default_rng(self.noise).random((self.noise, x.shape[1]))).to(x.dtype)
         noise = x.min() + (x.max() - x.min()) * draw
         known, held = own[:size], own[size : 2 * size]
-        ratio = density_ratio(torch.cat([x, held]), known, noise, self.sigma, self.ridge)
+        width = self.sigma * float(x.std(correction=0).clamp(min=1e-6))
+        ratio = density_ratio(torch.cat([x, held]), known, noise, width, self.ridge)
         return (ratio[: len(x)] > ratio[len(x) :].quantile(self.quantile)).to(x.dtype)
 
     def answer(self, net: Net, view: View, heard: Heard) -> Payload:
@@ -116,8 +117,7 @@ class SelectiveFD(Algorithm):
             total += answer.weight * spread(told)
             votes += answer.weight * told["chosen/chosen"]
         mean = total / torch.where(votes > 0, votes, 1.0)[:, None]
-        # ‖p̄ - onehot(argmax p̄)‖₁ = 2 (1 - max p̄), for rows that sum to 1.
-        chosen = (votes > 0) & (2 * (1 - mean.amax(-1)) <= self.tau)
+        chosen = (votes > 0) & (2 * (1 - mean.amax(-1)) <= self.tau)  # ‖p̄ - onehot‖₁, for rows that sum to 1
         labels = SoftLabels(labels=mean[chosen].to(tools.dtype))
         return Bundle(parts={"chosen": Chosen(chosen=chosen.to(tools.dtype)), "labels": labels})
 
