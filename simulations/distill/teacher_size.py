@@ -110,7 +110,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel("student right in %")
         axes.grid(True, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 

@@ -16,6 +16,7 @@ from fedkd.distill.config import load
 from fedkd.distill.run import resume, start
 from fedkd.distill.teachers import load_teacher
 from fedkd.errors import ConfigError
+from fedkd.losses import KD
 from fedkd.report.distill import render
 
 
@@ -102,6 +103,8 @@ def test_omitted_digits_are_learnt_from_the_teacher_alone(tmp_path: Path) -> Non
         (["studnt=mlp"], "Did you mean 'student'"),
         (["terms=[{loss: kkd}]"], "Did you mean 'kd'"),
         (["terms=[{loss: kd, temprature: 3}]"], "Did you mean 'temperature'"),
+        (["terms=[{loss: 'json:dumps'}]"], "no frozen dataclass derived from fedkd.losses.Loss"),
+        (["terms=[{loss: 'json:gone'}]"], "loss 'json:gone' cannot be imported"),
         (["terms=[{loss: kd, temperature: 0}]"], "above 0"),
         (["terms=[{loss: kd, temperature: hot}]"], "number"),
         (["labels=false", "terms=[{loss: ce}]"], "leave `ce` out"),
@@ -228,3 +231,9 @@ def test_new_classes_beside_old_ones(tmp_path: Path) -> None:
         load(None, [way.replace("KIND", "raw"), "student=mlp", "teacher=logreg"])
     with pytest.raises(ConfigError, match="classes 0 to 9"):
         start(load(None, ["exemplars={old: [12]}", "student=mlp", "teacher=mlp"])[0][1], tmp_path / "wrong")
+
+
+def test_a_loss_of_ones_own_is_a_term() -> None:
+    ((_, experiment),) = load(None, ["terms=[{loss: 'fedkd.losses.response:KD', temperature: 2, weight: 3}]"])
+    (term,) = (t.term for t in experiment.terms)
+    assert term.loss == KD(temperature=2) and term.factor(0) == 3
