@@ -317,7 +317,8 @@ class StackedEngine(Engine):
     def scores(self, cards: Sequence[Card], states: Sequence[DeviceState], x: Tensor) -> Iterator[tuple[int, Tensor]]:
         groups: dict[Hashable, list[int]] = {}
         for k, (card, state) in enumerate(zip(cards, states, strict=True)):
-            groups.setdefault((card.architecture, _signature(state.memory)), []).append(k)
+            # A device that has never been asked may lack the models that others received.
+            groups.setdefault((card.architecture, tuple(state.models), _signature(state.memory)), []).append(k)
         for members in groups.values():
             size = self.block_size(cards[members[0]].architecture)
             for start in range(0, len(members), size):

@@ -61,7 +61,12 @@ UNEVEN = {
 }
 SCENES: dict[str, dict[str, Any]] = {
     "synchronous": {"population": {"participation": 0.7, "dropout": 0.2, "late": 0.2}},
-    "first to come": {"rounds": 7, "population": {"participation": 0.5, "over_selection": 0.5, "dropout": 0.1}},
+    # Devices that stay long enough to be overtaken: those that leave before count as dropped, not as late.
+    "first to come": {
+        "rounds": 7,
+        "population": {"participation": 0.5, "over_selection": 0.5, "dropout": 0.1},
+        "virtual": {"on_seconds": 80},
+    },
     "deadline": {"population": {"deadline_seconds": 1.0}},
     "late ones used": {"population": {"deadline_seconds": 1.0, "late": 0.2, "staleness": {"limit": 2}}},
     "asynchronous": {"population": {"participation": 0.7, "buffer": 3, "dropout": 0.1, "late": 0.1}},
