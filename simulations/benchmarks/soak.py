@@ -128,7 +128,9 @@ class Soak:
             if time.monotonic() > self.until:
                 return
             phase, rounds = self._phase(), self._rounds()
-            if not self.done.is_set() and self._kill(victim):
+            if self.done.is_set() or not self._kill(victim):
+                self.order.append(victim)  # it does not run just now: its turn comes later
+            else:
                 kill = Kill(victim, round(time.monotonic() - self.began, 1), self.run, phase, rounds)
                 self.kills.append(kill)
                 words = f"kill {len(self.kills)} of {self.wanted}: {victim}; {self.run} {phase}, {rounds} rounds done"

@@ -13,7 +13,7 @@ from simulations.benchmarks.soak import main
 @pytest.mark.slow
 def test_killed_runs_end_with_the_undisturbed_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Seed 98 draws a node, the power cut, SuperLink and the run's own process first.
-    words = ["--kills", "5", "--seed", "98", "--rounds", "5", "--minutes", "8"]
+    words = ["--kills", "5", "--seed", "98", "--rounds", "5", "--minutes", "15"]
     main([*words, "--work", str(tmp_path / "soak"), "--json", str(tmp_path / "soak.json")])
     found = json.loads((tmp_path / "soak.json").read_text())
     assert {kill["victim"] for kill in found["kills"]} >= {"power cut", "node", "superlink", "run"}
