@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fedkd import simulate
 from fedkd.deploy.mail import Ask, MailError
+from fedkd.deploy.network import GridPost
 from fedkd.errors import DataError
 
 CLIENTS = 3
@@ -291,3 +292,42 @@ def test_a_servers_runs_share_one_account(network: Network, tmp_path: Path, monk
     (tmp_path / "a" / simulate.CONFIG).write_text(chosen.dump())
     with pytest.raises(Seen):
         serve._play(network.server, None, tmp_path / "a", serve.Standing("t"))
+
+
+# ---- requests as they go out ------------------------------------------------------------------------------------------
+def test_requests_go_out_together_and_ring_for_those_that_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    taken, pushed, rung = ["m-0", "", "m-2"], list[list[int]](), list[Any]()
+
+    class Grid:
+        def push_messages(self, messages: Any) -> list[str]:
+            pushed.append([message.metadata.dst_node_id for message in messages])
+            return taken
+
+    def letter(client: int) -> tuple[int, Ask]:
+        return 100 + client, Ask(run="trial.t", client=client, round=0, key="k", request=b"request")
+
+    post = GridPost(Grid(), 10**6, rung.append)
+    assert post.send([letter(k) for k in range(3)], 60.0) == ["m-0", None, "m-2"]
+    assert pushed == [[100, 101, 102]] and rung == [{0, 2}]
+    taken = []  # longer than SuperLink takes
+    assert post.send([letter(0)], 60.0) == [None] and rung[1:] == [set()]
+
+
+def test_long_requests_do_not_wait_for_one_another(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    send = network.wire.send
+    monkeypatch.setattr(
+        network.wire, "send", lambda letters, seconds: (sent.append(len(letters)), send(letters, seconds))[1]
+    )
+    network.play(experiment(CLIENTS, rounds=1, proxy=None, algorithm="fedavg"), tmp_path / "together")
+    assert sent == [CLIENTS]
+    sent.clear()
+    monkeypatch.setattr("fedkd.deploy.network.BATCH_BYTES", 1)
+    network.play(experiment(CLIENTS, rounds=1, proxy=None, algorithm="fedavg"), tmp_path / "apart")
+    assert sent == [1] * CLIENTS
