@@ -406,6 +406,7 @@ def _place_labels(axes: Axes, labels: Sequence[tuple[Point, str]]) -> None:
             clear = not any(box.overlaps(other) for other in taken)
             padded = box.padded(4)
             free = not any(padded.contains(*at) for i, bar in enumerate(marks) if i != place for at in bar)
+            free = free and not any(box.contains(*at) for at in marks[place])
             if inside and clear and free:
                 break
         if note is not None:
