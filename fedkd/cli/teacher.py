@@ -102,7 +102,7 @@ def check(
     attacks: Annotated[str, typer.Option(help="ideal, dfme, noise, other, or package.module:Class.")] = "ideal,noise",
     queries: Annotated[str, typer.Option(help="Numbers of queries, each a column.")] = "250,1000,4000",
     seeds: Annotated[str, typer.Option(help="Seeds of the copies.")] = "1,2,3",
-    steps: Annotated[int, typer.Option(help="Steps of every copy, on batches of 64.")] = 1500,
+    steps: Annotated[int, typer.Option(help="Steps of every copy, on batches of 64.")] = 800,
     other: Annotated[
         Path | None, typer.Option(help="For `other`: a folder of images or an .npz of unlabelled inputs.")
     ] = None,

@@ -123,7 +123,9 @@ class Accounts:
             OverBudget: the inputs not asked before are more than what is left, or come too fast; nothing is charged.
         """
         # One caller's streams take turns: an input that two of them ask at once is made, and paid, once.
-        with self._turns[caller]:
+        with self._books:
+            turn = self._turns[caller]
+        with turn:
             with self._books:
                 account = self._account(caller, service)
                 known, waits = self._known(account, inputs)

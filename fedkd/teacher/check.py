@@ -56,6 +56,8 @@ DEFENCES: Mapping[str, AnswersConfig] = {
 
 BATCH = 64
 """Inputs of a student's step."""
+FIT = Fit(batch_size=BATCH, optimizer="adam", lr=1e-2, weight_decay=0.0, schedule="cosine")
+"""How copies are trained. Adam, because SGD at one rate for all defences lets some students die at once."""
 ROUNDS = 40
 """Batches of inputs that `ideal` makes, whatever the number of queries."""
 ANYBODY = CallerConfig(name="caller", certificate="caller")
@@ -128,7 +130,7 @@ class Plan:
     attacks: Sequence[str] = ("ideal", "noise")
     queries: Sequence[int] = (250, 1000, 4000)
     seeds: Sequence[int] = (1, 2, 3)
-    steps: int = 1500
+    steps: int = 800
     other: Tensor | None = None
     caller: CallerConfig = ANYBODY
 
@@ -137,6 +139,8 @@ class Plan:
             raise ConfigError("`other` asks about inputs of another data set: name their file or folder")
         if not self.queries or min(self.queries) < 2 * ROUNDS:
             raise ConfigError(f"numbers of queries are {list(self.queries)}, expected at least {2 * ROUNDS} each")
+        if self.steps < ROUNDS:
+            raise ConfigError(f"students take {self.steps} steps, expected at least {ROUNDS}")
         if self.other is not None and len(self.other) < max(self.queries) and "other" in self.attacks:
             raise ConfigError(f"{max(self.queries)} queries need as many other inputs; there are {len(self.other)}")
 
@@ -205,7 +209,7 @@ def _inputs(plan: Plan, attack: str, queries: int, seed: int) -> Tensor:
 def _on_inputs(
     plan: Plan, teacher: GuardedTeacher, how: AnswersConfig, student: nn.Module, x: Tensor, seed: int
 ) -> None:
-    fit = Fit(epochs=math.ceil(plan.steps * BATCH / len(x)), batch_size=BATCH, weight_decay=1e-4, schedule="cosine")
+    fit = dataclasses.replace(FIT, epochs=math.ceil(plan.steps * BATCH / len(x)))
     term = Term(KD(temperature=_temperature(how)), 1.0)
     Distiller(student, teacher, [term], fit=fit, seed=seed).fit(x)
 
@@ -226,11 +230,12 @@ def _without_inputs(
 
 def _scaled(attack: str, plan: Plan, how: AnswersConfig, queries: int) -> tuple[dict[str, Any], Fit]:
     """Return a method's section and fit, scaled down for two CPU cores where the method is one of ours."""
-    fit = Fit(epochs=1, batch_size=BATCH, weight_decay=1e-4, schedule="cosine")
+    fit = FIT
     if attack == "ideal":
         steps = plan.steps // ROUNDS
         return {
-            "name": attack, "batch_size": queries // ROUNDS, "steps": 10, "width": 8, "generator_lr": 5e-3,
+            "name": attack, "batch_size": queries // ROUNDS, "steps": 10, "width": 8, "generator_lr": 3e-3,
+            "shift": max(1, plan.form.shape[-1] // 7),
             "student_steps": steps, "most_steps": steps, "temperature": _temperature(how),
         }, fit  # fmt: skip
     if attack == "dfme":

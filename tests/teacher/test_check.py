@@ -160,3 +160,5 @@ def test_the_command(taught: ModuleTeacher, tmp_path: Path) -> None:
 def test_plans_that_cannot_be(taught: ModuleTeacher, digits: Digits, queries: tuple[int, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         plan(taught, digits, queries=queries, attacks=("other",), other=digits[0][:400])
+    with pytest.raises(ConfigError, match="at least 40"):
+        plan(taught, digits, steps=39)
