@@ -116,8 +116,8 @@ def check(
     from fedkd.cli.main import err, out
     from fedkd.simulate import versions
     from fedkd.storage import write_json
+    from fedkd.teacher.check import cells, plan, table
     from fedkd.teacher.check import check as measure
-    from fedkd.teacher.check import plan, table
     from fedkd.teacher.sources import open_teacher
 
     teacher, form = open_teacher(models, model, _shape(shape), classes, _gives(gives))
@@ -125,7 +125,7 @@ def check(
         teacher, form, data, student=student, policy=policy, defences=defences, attacks=attacks.split(","),
         queries=_numbers(queries), seeds=_numbers(seeds), steps=steps, other=other,
     )  # fmt: skip
-    rows = measure(made, lambda row: err.print(f"{row['defence']}, {row['attack']}", highlight=False))
+    rows = measure(made, lambda row: err.print("  ".join(cells(row)), highlight=False))
     out.print(table(made, rows))
     if to is not None:
         write_json(to, {"models": models, "data": data, "student": student, "steps": steps, "seeds": made.seeds,

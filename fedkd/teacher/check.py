@@ -304,10 +304,15 @@ def table(made: Plan, rows: Sequence[Mapping[str, Any]]) -> Table:
     for title in ("defence", "answers", "attack", *(f"{q:,}" for q in made.queries)):
         found.add_column(title)
     for row in rows:
-        served = "-" if row["answers"] is None else f"{100 * row['answers']:.1f}"
-        cells = [spread(s["accuracy"]) if s["accuracy"] is not None else "refused" for s in row["students"]]
-        found.add_row(row["defence"], served, row["attack"], *cells)
+        found.add_row(*cells(row))
     return found
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """Return a row of :func:`check` as text: defence, accuracy of its answers, attack, accuracy of the students."""
+    served = "-" if row["answers"] is None else f"{100 * row['answers']:.1f}"
+    students = [spread(s["accuracy"]) if s["accuracy"] is not None else "refused" for s in row["students"]]
+    return [row["defence"], served, row["attack"], *students]
 
 
 def spread(values: Sequence[float]) -> str:
