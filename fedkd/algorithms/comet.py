@@ -12,16 +12,17 @@ Deviations: own records and proxy samples take turns, a phase each (``digest`` a
 the sum of both losses; the squared distance is averaged over the classes, so that lambda does not depend on their number.
 k-means runs over a device's whole answer and is started by k-means++ from the run's seed; the public re-implementation by
 SCARLET's authors clusters each sample by itself and lets the device take the nearest centre. Here the server chooses, so
-that one mean travels and not all. A device that did not answer keeps its last cluster; one that never did is taught by the
-mean of all.
+that one mean travels and not all. Clusters keep their numbers: a new one takes that of the old one with which it shares most
+devices. A device that did not answer keeps its last cluster; one that never did is taught by the mean of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,13 +69,24 @@ class COMET(Algorithm):
         count = min(self.clusters, len(points))
         seed = tools.seed("clusters") % 2**32
         found = KMeans(count, n_init=4, random_state=seed).fit_predict(points.flatten(1).double().numpy())
+        found = self.renumbered(found, [int(server.memory["cluster"][a.card.id]) for a in answers])
         worth = [a.weight * a.examples for a in answers]
         parts: dict[str, Payload] = {"who": ProxyIndices(indices=torch.tensor([a.card.id for a in answers]))}
         parts["cluster"] = ProxyIndices(indices=torch.from_numpy(found).to(torch.int64))
-        for cluster in (EVERYBODY, *range(count)):
+        for cluster in (EVERYBODY, *sorted({int(c) for c in found})):
             members = [(p, w) for p, w, c in zip(points, worth, found, strict=True) if cluster in (EVERYBODY, c)]
             parts[str(cluster)] = Logits(logits=weighted_mean(members))
         return Bundle(parts=parts)
+
+    def renumbered(self, found: np.ndarray, before: Sequence[int]) -> np.ndarray:
+        """Return the clusters ``found`` [K] under the numbers that most of their devices had ``before``."""
+        from scipy.optimize import linear_sum_assignment
+
+        shared = np.zeros((self.clusters, self.clusters))
+        for new, old in zip(found, before, strict=True):
+            shared[new, old] += old != EVERYBODY
+        kept: np.ndarray = linear_sum_assignment(shared, maximize=True)[1][found]
+        return kept
 
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
         told, cluster = knowledge.tensors(), server.memory["cluster"].clone()

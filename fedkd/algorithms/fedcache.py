@@ -112,15 +112,18 @@ class FedCache(Algorithm):
         memory = dict(server.memory)
         for client, part in knowledge.parts.items():
             told = part.tensors()
-            if len(told["labels"]):
+            if 0 < len(told["labels"]) == len(told["features"]):
+                memory.pop(f"logits/{client}", None)
                 memory |= {f"hash/{client}": told["features"], f"label/{client}": told["labels"]}
-            if len(told["logits"]) == len(memory[f"label/{client}"]):
+            if 0 < len(told["logits"]) == len(memory.get(f"label/{client}", ())):  # else it contradicts itself
                 memory[f"logits/{client}"] = told["logits"]
         return replace(server, memory=memory, knowledge=self.look_up(memory))
 
     def look_up(self, memory: Tensors) -> Payload:
         """Return what each device is told: the mean logits of its records' like, and for which there are any."""
         clients = sorted((n.removeprefix("logits/") for n in memory if n.startswith("logits/")), key=int)
+        if not clients:
+            return Nothing()
         owners = torch.cat([torch.full((len(memory[f"label/{c}"]),), int(c)) for c in clients])
         hashes, labels, logits = (torch.cat([memory[f"{n}/{c}"] for c in clients]) for n in ("hash", "label", "logits"))
         found = neighbours(hashes, labels, owners, self.related)

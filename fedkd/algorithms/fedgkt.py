@@ -76,7 +76,9 @@ class FedGKT(Algorithm):
         return Contract.of(Logits, {"C": shapes.classes})
 
     def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
-        return Bundle(parts={str(a.card.id): a.payload for a in answers})
+        # An answer whose parts are not of one length contradicts itself: it is left out, as one of no records is.
+        even = [a for a in answers if min(n := [len(t) for t in a.payload.tensors().values()]) == max(n) > 0]
+        return Bundle(parts={str(a.card.id): a.payload for a in even})
 
     def net(self, width: int, classes: int) -> nn.Module:
         """Return the server's net of features [B, ``width``] with fresh weights."""
@@ -86,6 +88,8 @@ class FedGKT(Algorithm):
 
     def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
         assert isinstance(knowledge, Bundle)
+        if not knowledge.parts:
+            return server
         told = [part.tensors() for part in knowledge.parts.values()]
         features, logits, labels = (torch.cat([t[n] for t in told]) for n in ("features", "logits", "labels"))
         with torch.random.fork_rng(devices=[]):

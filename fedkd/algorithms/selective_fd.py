@@ -114,8 +114,9 @@ class SelectiveFD(Algorithm):
         votes = torch.zeros(len(tools.asked), dtype=torch.float64)
         for answer in answers:
             told = answer.payload.tensors()
-            total += answer.weight * spread(told)
-            votes += answer.weight * told["chosen/chosen"]
+            if len(told["labels/labels"]) == int(told["chosen/chosen"].sum()):  # else it contradicts itself
+                total += answer.weight * spread(told)
+                votes += answer.weight * told["chosen/chosen"]
         mean = total / torch.where(votes > 0, votes, 1.0)[:, None]
         chosen = (votes > 0) & (2 * (1 - mean.amax(-1)) <= self.tau)  # ‖p̄ - onehot‖₁, for rows that sum to 1
         labels = SoftLabels(labels=mean[chosen].to(tools.dtype))
@@ -144,7 +145,5 @@ class SelectiveFD(Algorithm):
 
 def spread(told: dict[str, Tensor]) -> Tensor:
     """Return the labels of chosen samples at their places [N, C], zeros elsewhere."""
-    chosen, labels = told["chosen/chosen"], told["labels/labels"]
-    out = torch.zeros(len(chosen), labels.shape[1], dtype=labels.dtype)
-    out[chosen.bool()] = labels
-    return out
+    chosen, labels = told["chosen/chosen"].bool(), told["labels/labels"]
+    return labels.new_zeros(len(chosen), labels.shape[1]).index_put((chosen,), labels)

@@ -48,15 +48,19 @@ def compress(tensors: Mapping[str, Tensor], energy: float | None) -> dict[str, T
 
 
 def expand(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo :func:`compress`; ``like`` gives the names and shapes of the tensors."""
+    """Undo :func:`compress`; ``like`` gives the names and shapes. Factors that do not fit each other say nothing: zeros."""
     out: dict[str, Tensor] = {}
     for name, value in like.items():
         if not _is_matrix(value):
             out[name] = tensors[name]
             continue
         u, s, v = (tensors[f"{name}/{part}"] for part in "usv")
-        whole = len(s) == 0 and u.shape[1] == v.shape[1]
-        out[name] = (u if whole else (u * s) @ v).reshape(value.shape)
+        if len(s) == 0 and u.shape[1] == v.shape[1]:
+            out[name] = u.reshape(value.shape)
+        elif u.shape[1] == len(s) == len(v):
+            out[name] = ((u * s) @ v).reshape(value.shape)
+        else:
+            out[name] = torch.zeros_like(value)
     return out
 
 

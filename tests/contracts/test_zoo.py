@@ -35,7 +35,7 @@ from fedkd.algorithms.scarlet import SCARLET
 from fedkd.algorithms.selective_fd import SelectiveFD
 from fedkd.codecs import lowrank
 from fedkd.errors import ConfigError
-from fedkd.payloads import Bundle, Chosen, Logits, Nothing, Prototypes, SoftLabels, Weights
+from fedkd.payloads import Bundle, Chosen, Features, Logits, Nothing, Prototypes, SoftLabels, Weights
 from fedkd.server_tools import Tools
 
 TINY = {
@@ -149,6 +149,18 @@ def test_comet_teaches_each_device_by_its_own_cluster() -> None:
     assert len({method.audience(c, state) for c in cards}) == 3
     everybody = sum(e * s.logits for e, s in zip(examples, sent, strict=True)) / 10
     assert torch.allclose(method.broadcast(state, cards[5]).tensors()["logits"], everybody)
+
+
+@pytest.mark.parametrize("before", [[0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0]])
+def test_comet_clusters_keep_their_numbers_for_who_is_absent(before: list[int]) -> None:
+    near, far = normal(6, C), 50 + normal(6, C, seed=1)
+    state = replace(server(), memory={"cluster": torch.tensor(before)})
+    sent = collect([Logits(logits=z) for z in (near, far, near, far)])
+    knowledge = COMET(clusters=2).aggregate(sent, state, Seeded())
+    state = COMET(clusters=2).update(replace(state, knowledge=knowledge), knowledge, Seeded())
+    for absent, want in ((4, near), (5, far)):
+        told = COMET(clusters=2).broadcast(state, Card(id=absent, architecture="mlp"))
+        assert torch.allclose(told.tensors()["logits"], want)
 
 
 class Seeded:
@@ -614,6 +626,37 @@ def test_fedcache_sends_hashes_and_labels_once_and_learns_the_mean_of_its_like()
     got = FedCache(beta=1.5).private_loss(net, batch(x, y), heard(told))
     soft = divergence(told.tensors()["logits/logits"], net(x))[0] / 2
     assert torch.allclose(got, F.cross_entropy(net(x), torch.tensor(y)) + 1.5 * soft)
+
+
+@pytest.mark.parametrize("lengths", [(0, 4, 0), (0, 0, 0), (3, 4, 4), (4, 3, 4), (4, 4, 3)])
+def test_an_answer_that_contradicts_itself_does_not_stop_the_server(lengths: tuple[int, int, int]) -> None:
+    """A contract leaves the number of private records free, so that a device may lie about it."""
+
+    def told(n: int, m: int, k: int) -> Features:
+        return Features(features=normal(n, 32), logits=normal(m, C), labels=torch.zeros(k, dtype=torch.int64))
+
+    method, state = FedCache(related=2), server()
+    for others in ([], [told(4, 4, 4)]):
+        knowledge = method.aggregate(collect([told(*lengths), *others]), state, Seeded())
+        known = method.update(replace(state, knowledge=knowledge), knowledge, Seeded()).knowledge
+        assert isinstance(known, Nothing) or set(known.parts) == {"1"}
+    kept = FedGKT().aggregate(collect([told(*lengths), told(4, 4, 4)]), state, Seeded())
+    assert set(kept.parts) == {"1"}
+    like = {"w": normal(5, 4)}
+    n, m, k = lengths
+    torn = {"w/u": normal(5, n + 1), "w/s": normal(m + 2), "w/v": normal(k + 3, 4)}
+    assert not lowrank.expand(torn, like)["w"].any()
+
+
+def test_selective_fd_leaves_out_a_device_whose_labels_are_not_as_many_as_it_chose() -> None:
+    sure = torch.eye(C)[:2].to(normal(1).dtype)
+    chosen = torch.tensor([1.0, 1.0, 0.0]).to(sure.dtype)
+    fair, torn = (
+        Bundle(parts={"chosen": Chosen(chosen=chosen), "labels": SoftLabels(labels=rows)}) for rows in (sure, sure[1:])
+    )
+    tools = type("Tools", (), {"asked": np.arange(3), "classes": C, "dtype": sure.dtype})()
+    got = SelectiveFD().aggregate(collect([fair, torn]), server(), tools).tensors()
+    assert torch.equal(got["labels/labels"], sure)
 
 
 def test_cfd_can_restart_the_servers_net_too() -> None:
