@@ -324,7 +324,7 @@ def _data(kit: ClientKit) -> Iterator[Finding]:
     try:
         yield Finding("data", "ok", read_local_data(kit.path("data.yaml")).check(kit.folder))
     except FedkdError as cause:
-        yield Finding("data", "problem", str(cause), "say in data.yaml where the records are: docs/deploy.md")
+        yield Finding("data", "problem", str(cause), "say in data.yaml where the records are: docs/devices.md")
     except OSError as cause:
         said = f"cannot read {cause.filename or 'the records'}: {cause.strerror or cause}"
         yield Finding("data", "problem", said, "may the user who runs the client read them?")
@@ -345,7 +345,7 @@ def _policy(kit: ClientKit) -> Iterator[Finding]:
     try:
         read_policy(kit.path("policy.yaml"))
     except FedkdError as cause:
-        yield Finding("policy", "problem", str(cause), "mend policy.yaml: docs/deploy.md")
+        yield Finding("policy", "problem", str(cause), "mend policy.yaml: docs/devices.md")
     else:
         yield Finding("policy", "ok", "policy.yaml is valid")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import fedkd.deploy.switches  # noqa: F401  # first: Flower reads its switches when it is imported
@@ -42,6 +42,8 @@ T = TypeVar("T")
 HEARTBEAT_SECONDS = 10.0
 """The least that SuperLink takes; after twice as long without one it counts the node as offline."""
 PULL_TRIES, PULL_PAUSE_SECONDS = 50, 0.2
+MOST_BYTES = 64 * 2**20
+"""Longest body of one answer. Flower cuts messages into pieces of a few MiB; a longer one is nothing that was asked for."""
 
 WORDS: Mapping[int, str] = {
     401: "the server does not know this node's key yet, or this device's clock is wrong",
@@ -61,6 +63,32 @@ class LinkError(FedkdError):
         self.status = status
 
 
+class _Bounded(httpx.SyncByteStream):
+    """The body of an answer, up to :data:`MOST_BYTES`."""
+
+    def __init__(self, stream: httpx.SyncByteStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for part in self._stream:
+            size += len(part)
+            if size > MOST_BYTES:
+                raise httpx.ReadError(f"an answer of more than {MOST_BYTES} bytes")
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _bounded(response: httpx.Response) -> None:
+    if "content-encoding" in response.headers:
+        # The gate never packs: a few bytes could become gigabytes here.
+        raise httpx.ReadError("a packed answer")
+    assert isinstance(response.stream, httpx.SyncByteStream)
+    response.stream = _Bounded(response.stream)
+
+
 class Link:
     """See the module text. ``tls`` None speaks plain HTTP, for a tunnel on this machine."""
 
@@ -77,7 +105,13 @@ class Link:
             verify=tls if tls is not None else False,
             timeout=60.0,
         )
+        # Flower's client goes wherever a server redirects it, and reads as much as comes: a device does neither.
+        line = self._client._client
+        line.follow_redirects = False
+        line.event_hooks = {"response": [_bounded]}
         self.node = node
+        self.pulled = 0
+        """Bytes that came in the last :meth:`pull`, also where it raised."""
         self.online = False
         self.idle = False
         """Whether :meth:`pull` waits for the server to have something for this node."""
@@ -137,6 +171,7 @@ class Link:
         """
         assert self.node is not None
         node = Node(node_id=self.node)
+        self.pulled = 0
         self.idle = True
         try:
             listed = self._call(lambda: self._client.PullMessages(PullMessagesRequest(node=node)))
@@ -147,6 +182,7 @@ class Link:
         outline = message_from_proto(listed.messages_list[0])
         run, name = outline.metadata.run_id, outline.metadata.message_id
         arriving = Arriving.begin(listed.messages_list[0], listed.message_object_trees[0], most_bytes)
+        self.pulled = arriving.size
         for item in list(arriving.left):
             for _ in range(PULL_TRIES):
                 request = PullObjectRequest(node=node, run_id=run, object_id=item)
@@ -158,6 +194,7 @@ class Link:
                 self._stop.wait(PULL_PAUSE_SECONDS)
             else:
                 raise MailError("gone", "the server did not finish its message")
+            self.pulled += len(found.object_content)
             arriving.take(item, found.object_content)
         message = arriving.finish()
         message.metadata.__dict__["_message_id"] = name

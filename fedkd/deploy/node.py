@@ -165,14 +165,17 @@ class Node:
         """
         try:
             came = self.link.pull(min(self.most_bytes, self.usage.left))
-        except MailError as cause:
+        except (MailError, LinkError) as cause:
+            # What came of it counts too, or a server could send what is dropped without end.
+            self._count_in(self.link.pulled)
+            if isinstance(cause, LinkError):
+                raise
             log.warning("a message was dropped: %s", cause)
             return True
         if came is None:
             return False
         message, size = came
-        self.counters.bytes_in += size
-        self.usage.add(size)
+        self._count_in(size)
         try:
             ask = unpack_ask(message.content)
         except (MailError, ValueError) as cause:
@@ -185,6 +188,11 @@ class Node:
             self.counters.refused += 1
         self._send(lambda: reply_to(message, pack_say(say, self.key)), say)
         return True
+
+    def _count_in(self, size: int) -> None:
+        if size:
+            self.counters.bytes_in += size
+            self.usage.add(size)
 
     def _send(self, make: Callable[[], Any], say: Say) -> None:
         for attempt in range(PUSH_TRIES):

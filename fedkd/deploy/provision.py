@@ -29,6 +29,7 @@ from fedkd.deploy.kit import (
     LOOPBACK,
     NAME,
     REVOKED,
+    STATE,
     Client,
     ClientKit,
     ClientList,
@@ -195,6 +196,7 @@ class Kits:
         """Write the server's kit."""
         address, folder = self.project.server, self.server
         _make_folder(folder)
+        _make_folder(folder / STATE)
         write_model(
             folder / ServerKit.FILE,
             ServerKit(
@@ -230,6 +232,7 @@ class Kits:
             raise ConfigError(f"{folder} exists already: choose another name, or move that folder away")
         address = self.project.server
         _make_folder(folder)
+        _make_folder(folder / STATE)
         write_model(
             folder / ClientKit.FILE,
             ClientKit(
@@ -434,6 +437,7 @@ def _write_project(folder: Path, project: Project) -> None:
 
 
 def _make_folder(folder: Path) -> None:
+    # `state` too is made here: systemd's ReadWritePaths refuses a unit whose folder is not there.
     folder.mkdir(mode=0o700)
     os.chmod(folder, 0o700)
 

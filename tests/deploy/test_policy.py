@@ -12,12 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
 from inprocess import Network, Wire, experiment
 
 from fedkd.deploy.device import Device
-from fedkd.deploy.mail import Ask, Say
+from fedkd.deploy.link import Link, LinkError
+from fedkd.deploy.mail import Ask, MailError, Say
 from fedkd.deploy.node import Node
 from fedkd.deploy.policy import NodePolicy
 
@@ -180,3 +183,45 @@ def test_a_day_has_an_end(
     assert "used its 1000 bytes of today" in caplog.text and not pulled
     monkeypatch.setattr(again.usage, "_today", lambda: "2999-01-01")
     assert again.usage.left == 1000
+
+
+def test_what_is_dropped_counts_too(asked: tuple[Network, Ask]) -> None:
+    """Else a server could send a device without end what it drops."""
+    network, _ = asked
+
+    def pull(most: int) -> None:
+        link.pulled = 600
+        raise faults.pop()
+
+    faults: list[Exception] = [LinkError("cut off"), MailError("cap", "too long")]
+    link = SimpleNamespace(pull=pull, pulled=0)
+    node = Node(
+        network.kits[CLIENT], network.wire.devices[CLIENT], max_request_bytes=10**6, max_bytes_per_day=10**9, link=link  # type: ignore[arg-type]
+    )  # fmt: skip
+    before = node.usage.bytes
+    assert node.step()
+    with pytest.raises(LinkError):
+        node.step()
+    assert node.usage.bytes - before == node.counters.bytes_in == 1200
+
+
+@pytest.mark.parametrize("answer", ["elsewhere", "long", "packed"])
+def test_a_server_cannot_send_a_device_elsewhere_nor_fill_its_memory(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def server(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        if answer == "elsewhere":
+            return httpx.Response(307, headers={"location": "http://10.0.0.1/admin"})
+        if answer == "packed":
+            return httpx.Response(200, headers={"content-encoding": "gzip"}, stream=httpx.ByteStream(b"x"))
+        return httpx.Response(200, stream=httpx.ByteStream(b"x" * 2000))
+
+    monkeypatch.setattr("fedkd.deploy.link.MOST_BYTES", 1000)
+    link = Link("127.0.0.1:1", None, ec.generate_private_key(ec.SECP384R1()), node=1)
+    link._client._client._transport = httpx.MockTransport(server)
+    with pytest.raises(LinkError, match={"elsewhere": "307", "long": "more than 1000", "packed": "packed"}[answer]):
+        link.pull(10**6)
+    assert asked == ["http://127.0.0.1:1/v1/fleet/pull-messages"]

@@ -66,6 +66,8 @@ def test_every_secret_is_for_its_owner_alone(kits: Path) -> None:
         mode = stat.S_IMODE(path.stat().st_mode)
         if path.is_dir() or path.suffix in (".key", ".secret"):
             assert mode & 0o077 == 0, f"{path} has mode {mode:o}"
+    # systemd starts no unit whose ReadWritePaths are not there.
+    assert all((kits / name / "state").is_dir() for name in ("server", "hospital-a", "hospital-b"))
     keys = [p.read_bytes() for p in kits.rglob("*.key")]
     assert len(keys) == len(set(keys)) == 1 + 2 + 3 * 2
 
