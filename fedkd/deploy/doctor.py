@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedkd.deploy import ca
-from fedkd.deploy.kit import CA_CERTIFICATE, REVOKED, ClientKit, Kit, ServerKit
+from fedkd.deploy.kit import CA_CERTIFICATE, REVOKED, STATE, ClientKit, Kit, ServerKit
 from fedkd.errors import ConfigError, FedkdError
 
 MIB = 2**20
@@ -102,6 +102,10 @@ def _secrets(kit: Kit) -> Iterator[Finding]:
         elif stat.S_IMODE(path.stat().st_mode) & 0o077:
             bad = True
             yield Finding("secrets", "problem", f"others on this machine may read {name}", f"chmod 600 {path}")
+    state = kit.path(STATE)
+    if state.is_dir() and stat.S_IMODE(state.stat().st_mode) & 0o077:
+        bad = True
+        yield Finding("secrets", "warning", "others on this machine may read state/", f"chmod 700 {state}")
     if not bad:
         yield Finding("secrets", "ok", "keys are there, and for their owner alone")
 

@@ -124,6 +124,9 @@ def test_no_kit_and_a_broken_one(kits: Path, tmp_path: Path) -> None:
 
 
 def test_secrets(kits: Path) -> None:
+    os.chmod(kits / "hospital-b" / "state", 0o755)
+    found = [f for f in diagnose(kits / "hospital-b") if f.check == "secrets"]
+    assert [(f.level, f.said) for f in found] == [("warning", "others on this machine may read state/")]
     os.chmod(kits / "hospital-a" / "node.key", 0o644)
     assert problem(kits / "hospital-a", "secrets", "others on this machine may read node.key").fix.startswith("chmod")
     (kits / "server" / "superexec.secret").unlink()
@@ -241,6 +244,7 @@ def test_disk_memory_and_versions(kits: Path, monkeypatch: pytest.MonkeyPatch) -
     problem(folder, "memory", "100 MiB of memory")
     monkeypatch.setattr(doctor, "version", lambda package: "1.39.0" if package == "flwr" else "1")
     problem(folder, "versions", "1.39.0 is installed")
+    (kits / "hospital-a" / "state").rmdir()
     (kits / "hospital-a" / "state").write_text("a file where a folder should be")
     problem(kits / "hospital-a", "disk", "cannot write")
     problem(kits / "hospital-b", "versions", "1.39.0 is installed")
