@@ -18,6 +18,12 @@ def register(app: typer.Typer) -> None:
     app.add_typer(teacher_app, name="teacher")
 
 
+Model = Annotated[str | None, typer.Option(help="Architecture, where a file does not name it.")]
+Shape = Annotated[str | None, typer.Option(help="Shape of one input, such as 1x28x28, where no file tells.")]
+Classes = Annotated[int | None, typer.Option(help="Number of classes, where no file tells.")]
+Gives = Annotated[str, typer.Option(help="What an ONNX file's output is: logits or probabilities.")]
+
+
 @teacher_app.command("init")
 def init(
     folder: Annotated[Path, typer.Argument(help="Made with policy.yaml, certificate, CA and tokens.")],
@@ -46,10 +52,10 @@ def serve(
     policy: Annotated[
         Path | None, typer.Option(help="What callers may ask; default: a new ./teacher-kit, loopback.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Architecture, where a file does not name it.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Shape of one input, such as 1x28x28, where no file tells.")] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of classes, where no file tells.")] = None,
-    gives: Annotated[str, typer.Option(help="What an ONNX file's output is: logits or probabilities.")] = "logits",
+    model: Model = None,
+    shape: Shape = None,
+    classes: Classes = None,
+    gives: Gives = "logits",
 ) -> None:
     """Answer soft labels over TLS until Ctrl-C."""
     from fedkd.cli.main import out
@@ -107,10 +113,10 @@ def check(
         Path | None, typer.Option(help="For `other`: a folder of images or an .npz of unlabelled inputs.")
     ] = None,
     to: Annotated[Path | None, typer.Option("--json", help="Also write the table here.")] = None,
-    model: Annotated[str | None, typer.Option(help="Architecture, where a file does not name it.")] = None,
-    shape: Annotated[str | None, typer.Option(help="Shape of one input, such as 1x28x28, where no file tells.")] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of classes, where no file tells.")] = None,
-    gives: Annotated[str, typer.Option(help="What an ONNX file's output is: logits or probabilities.")] = "logits",
+    model: Model = None,
+    shape: Shape = None,
+    classes: Classes = None,
+    gives: Gives = "logits",
 ) -> None:
     """Tell how far a caller could copy this teacher by its answers, with and without each defence."""
     from fedkd.cli.main import err, out
