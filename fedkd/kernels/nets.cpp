@@ -4,7 +4,8 @@
 // then is a product of a weight and a long contiguous run, without any im2col, and flattening costs nothing. Samples are
 // padded with zeros to whole vectors. Written with the compiler's vector types, so that one source serves every width.
 //
-// Compiled once for each of float and double, as the macro REAL says. Nothing here allocates per step.
+// Compiled once for each of float and double, as the macro REAL says. Per step nothing is allocated but the
+// taps of a convolution.
 
 #include <algorithm>
 #include <atomic>
@@ -303,6 +304,17 @@ template <class T> struct Owned {
 };
 
 // ---- convolution ---------------------------------------------------------------------------------------------------
+// Where each tap's input lies from the first input of a run: [channel, row, column] in the padded input.
+std::vector<i64> tap_places(const Layer& l, i64 cap) {
+    i64 hp = l.h + 2 * l.ph, wp = l.w + 2 * l.pw;
+    std::vector<i64> place;
+    place.reserve(l.c * l.kh * l.kw);
+    for (i64 c = 0; c < l.c; c++)
+        for (i64 i = 0; i < l.kh; i++)
+            for (i64 j = 0; j < l.kw; j++) place.push_back(((c * hp + i) * wp + j) * cap);
+    return place;
+}
+
 template <class T, int MR, int NV>
 INLINE void conv_tile(const T* x, const i64* place, i64 taps, const T* weight, const T* bias, T* y, i64 hop, bool clip) {
     // x points at the run's first input, y at its first output; place: where each tap's input lies from there.
@@ -363,11 +375,7 @@ void conv_forward(const Layer& l, const T* x, T* pad, const T* weight, const T* 
         in = pad;
     }
     i64 ldx = wp * cap, hop = l.oh * l.ow * cap;
-    std::vector<i64> places(l.c * l.kh * l.kw);
-    i64* place = places.data();
-    for (i64 c = 0, t = 0; c < l.c; c++)
-        for (i64 i = 0; i < l.kh; i++)
-            for (i64 j = 0; j < l.kw; j++, t++) place[t] = ((c * hp + i) * wp + j) * cap;
+    std::vector<i64> place = tap_places(l, cap);
     bool runs = l.sw == 1;
     i64 length = runs ? l.ow * cap : cap;
     for (i64 i = 0; i < l.oh; i++)
@@ -376,11 +384,11 @@ void conv_forward(const Layer& l, const T* x, T* pad, const T* weight, const T* 
             T* to = y + (i * l.ow + j) * cap;
             i64 n = 0;
             for (; n + 4 * W <= length; n += 4 * W)
-                conv_band<T, 4>(l, from + n, place, weight, bias, to + n, hop, clip);
+                conv_band<T, 4>(l, from + n, place.data(), weight, bias, to + n, hop, clip);
             switch ((length - n) / W) {
-                case 1: conv_band<T, 1>(l, from + n, place, weight, bias, to + n, hop, clip); break;
-                case 2: conv_band<T, 2>(l, from + n, place, weight, bias, to + n, hop, clip); break;
-                case 3: conv_band<T, 3>(l, from + n, place, weight, bias, to + n, hop, clip); break;
+                case 1: conv_band<T, 1>(l, from + n, place.data(), weight, bias, to + n, hop, clip); break;
+                case 2: conv_band<T, 2>(l, from + n, place.data(), weight, bias, to + n, hop, clip); break;
+                case 3: conv_band<T, 3>(l, from + n, place.data(), weight, bias, to + n, hop, clip); break;
                 default: break;
             }
         }
@@ -441,16 +449,13 @@ template <class T>
 void conv_weights(const Layer& l, const T* in, const T* g, T* gw, T* gb, i64 cap, T* scratch, bool add) {
     using V = typename Lanes<T>::V;
     constexpr int W = Lanes<T>::N;
-    i64 hp = l.h + 2 * l.ph, wp = l.w + 2 * l.pw, taps = l.c * l.kh * l.kw, hop = l.oh * l.ow * cap;
+    i64 wp = l.w + 2 * l.pw, taps = l.c * l.kh * l.kw, hop = l.oh * l.ow * cap;
     V* acc = (V*)scratch;
     for (i64 n = 0; n < l.o * taps; n++) acc[n] = V{};
     // Where columns do not stride, a line of outputs is one long run; a few lines at a time pay for fetching the sums.
     bool runs = l.sw == 1;
     i64 vectors = (runs ? l.ow * cap : cap) / W, ahead = runs ? std::max<i64>(1, 700 / (vectors * l.o)) : 1;
-    std::vector<i64> place(taps);
-    for (i64 c = 0, t = 0; c < l.c; c++)
-        for (i64 i = 0; i < l.kh; i++)
-            for (i64 j = 0; j < l.kw; j++, t++) place[t] = ((c * hp + i) * wp + j) * cap;
+    std::vector<i64> place = tap_places(l, cap);
     for (i64 i = 0; i < l.oh; i += ahead)
         for (i64 j = 0; j < (runs ? 1 : l.ow); j++) {
             i64 lines = std::min(ahead, l.oh - i);
