@@ -185,7 +185,7 @@ class DistillExperiment(Section):
     partner: DataConfig | None = Field(
         None,
         description="The teacher's kind of input, such as images beside sounds: each record of `data` gets a random one "
-        "of its class for partner, which the teacher sees.",
+        "of its class for partner, which the teacher sees. That two occur together tells that they are of one class.",
     )
     graph: GraphConfig | None = Field(
         None,
@@ -198,6 +198,11 @@ class DistillExperiment(Section):
     scenes: ScenesConfig | None = Field(None, description="Segment or detect in scenes of the images of `data`.")
     omit: tuple[int, ...] = Field((), description="Classes left out of what the student sees (Hinton's omitted digit).")
     labels: bool = Field(True, description="False: the student's records have no labels, the teacher's must do.")
+    known: int | None = Field(
+        None,
+        ge=1,
+        description="Labels that the student reads, of each class; its other records are unlabelled. null: all labels.",
+    )
     teacher: tuple[TeacherConfig, ...] = Field((TeacherConfig(model="mlp(hidden=[400, 400])"),), min_length=1)
     mix: Literal["probabilities", "logits"] = Field("probabilities", description="How several teachers become one.")
     student: str = "mlp(hidden=[32])"
@@ -266,10 +271,14 @@ class DistillExperiment(Section):
             raise ConfigError("data=none leaves nothing to learn on: give method=dfad, or inputs=FOLDER")
         if self.data is None and any(t.path is None and t.url is None for t in self.teacher):
             raise ConfigError("without data no teacher can be trained: give teacher=FILE or teacher=grpcs://host:port")
-        if not self.labelled and any(t.term.loss.reads == "labels" for t in self.terms):
+        unread = [t.loss for t in self.terms if t.term.loss.supervised and not self.labelled]
+        if unread:
             raise ConfigError(
-                "the student's inputs have no labels, so that no term can read them: leave `ce` out of terms"
+                "the student's inputs have no labels, so that no term can read them: leave "
+                f"{', '.join(f'`{n}`' for n in unread)} out of terms"
             )
+        if self.known is not None and not self.labelled:
+            raise ConfigError("`known` says how many labels the student reads, and it has none: leave `known` out")
         if self.inputs is not None and any(t.path is None and t.url is None for t in self.teacher):
             raise ConfigError(
                 "unlabelled inputs cannot train a teacher: give teacher=FILE or teacher=grpcs://host:port"
@@ -281,11 +290,14 @@ class DistillExperiment(Section):
         kinds = [n for n in ("graph", "partner", "scenes", "exemplars", "online") if getattr(self, n) is not None]
         if len(kinds) > 1:
             raise ConfigError(f"give one of {' and '.join(kinds)}: each is a task of its own")
+        if kinds == ["online"] and self.known is not None:
+            raise ConfigError("`online` reads the label of every record: leave out known")
         if not kinds or kinds == ["online"]:
             return
         (kind,), own = kinds, kinds[0] in ("graph", "exemplars")
         unfit = {
             "method": self.method, "inputs": self.inputs, "assistants": self.assistants, "omit": self.omit,
+            "known": kind != "partner" and self.known is not None,
             "labels=false": not self.labels, "terms": own and self.terms, "several teachers": own and len(self.teacher) > 1,
             "data": kind == "graph" and self.data, "data=none": kind != "graph" and self.data is None,
         }  # fmt: skip

@@ -80,8 +80,8 @@ class Distiller:
             x: inputs [N, *shape], or :class:`Records`.
             y: labels [N] (int64); needed by terms that read labels.
             epochs: replaces ``fit.epochs``.
-            checkpoint: folder that is written after every epoch; where it holds an earlier epoch, training goes on from
-                there, bit for bit.
+            checkpoint: folder that is written after an epoch, once a second at most, and at the end; where it holds an
+                epoch, training goes on from there, bit for bit.
             watch: called after every epoch.
         """
         data = x if isinstance(x, Records) else Records.of(x, y)
@@ -156,7 +156,7 @@ class Distiller:
             if len(term.student_paths) != len(term.teacher_paths):
                 raise ConfigError(f"{term.name} has {len(term.student_paths)} layers of the student, "
                                   f"{len(term.teacher_paths)} of the teacher: they are compared pair by pair")  # fmt: skip
-            if term.loss.reads == "labels" and data.y is None:
+            if term.loss.supervised and data.y is None:
                 raise ConfigError(f"{term.name} needs true labels, and the data have none: leave the term out")
         with still(self.student), Taps(self.student, paths) as taps, torch.no_grad():
             logits = self.student(x)

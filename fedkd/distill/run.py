@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from fedkd.distill.crossmodal import Pairs, pairs, partners
 from fedkd.distill.distiller import Distiller, accuracy
 from fedkd.distill.inputs import unlabelled
 from fedkd.distill.loop import FEED, Epoch, Fit, Records, still
+from fedkd.distill.stages import Stages, Watch
 from fedkd.distill.tasks import Classify, Detect, Segment, drawn
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, Teacher, load_teacher, read_note
 from fedkd.distill.terms import Term
@@ -39,15 +40,12 @@ from fedkd.hardware import device
 from fedkd.losses import KD
 from fedkd.seeding import key, numpy_rng
 from fedkd.simulate import git_revision, versions
-from fedkd.storage import StorageError, pack_tensors, read_bundle, write_atomic, write_json
+from fedkd.storage import pack_tensors, write_atomic, write_json
 
 if TYPE_CHECKING:
     from fedkd.distill.datafree import Synthesizer
 
 CONFIG, SUMMARY, STUDENT, POOL = "config.yaml", "summary.json", "student.safetensors", "pool.npz"
-Watch = Callable[[str, Epoch, int], None]
-"""Called after every epoch with the stage (``teacher 1``, ``assistant 1``, ``student``, ``alone``), the epoch, and
-their number."""
 
 
 @dataclass(frozen=True)
@@ -103,34 +101,39 @@ def resume_same(experiment: DistillExperiment, folder: Path, watch: Watch | None
 
 def _work(experiment: DistillExperiment, folder: Path, watch: Watch | None) -> Callable[[], Distilled]:
     if experiment.graph is not None:
-        return lambda: _on_graph(experiment, folder)
+        return _on_graph(experiment, folder, watch)
     return _Work(experiment, folder, watch).run
 
 
-def _on_graph(experiment: DistillExperiment, folder: Path) -> Distilled:
-    """Teach on a graph. These runs take seconds to minutes; one that was interrupted begins anew, with the same result."""
-    from fedkd.graphs.taught import METRICS, GraphWork, taught
+def _on_graph(experiment: DistillExperiment, folder: Path, watch: Watch | None) -> Callable[[], Distilled]:
+    """Make ready what teaches on a graph: whatever does not fit is refused before anything is written."""
+    from fedkd.graphs.taught import METRICS, GraphWork, teaching
 
-    began = time.perf_counter(), time.process_time()
     config = experiment.graph
     assert config is not None and experiment.teacher[0].model is not None
     work = GraphWork(**dict(config))
-    found = taught(work, experiment.student, experiment.teacher[0].model, experiment.seed, experiment.alone)
-    summary = {
-        "schema": 1,
-        "kind": "distill",
-        "name": experiment.name,
-        "seed": experiment.seed,
-        "metric": METRICS[work.task],
-        "accuracy": dict(found.scores),
-        "agreement": None,
-        "accuracy_by_class": {},
-        "parameters": dict(found.sizes),
-        "log": [],
-    }
-    note = {"graph": work.task, **found.made_of}
-    write_atomic(folder / STUDENT, pack_tensors(found.student.state_dict(), {"fedkd": json.dumps(note)}))
-    return _written(folder, summary, began)
+    teach = teaching(work, experiment.student, experiment.teacher[0].model, experiment.seed, experiment.alone)
+
+    def run() -> Distilled:
+        began = time.perf_counter(), time.process_time()
+        found = teach(Stages(folder, watch))
+        summary = {
+            "schema": 1,
+            "kind": "distill",
+            "name": experiment.name,
+            "seed": experiment.seed,
+            "metric": METRICS[work.task],
+            "accuracy": dict(found.scores),
+            "agreement": None,
+            "accuracy_by_class": {},
+            "parameters": dict(found.sizes),
+            "log": [vars(e) for e in found.log],
+        }
+        note = {"graph": work.task, **found.made_of}
+        write_atomic(folder / STUDENT, pack_tensors(found.student.state_dict(), {"fedkd": json.dumps(note)}))
+        return _written(folder, summary, began)
+
+    return run
 
 
 def _written(folder: Path, summary: dict[str, Any], began: tuple[float, float]) -> Distilled:
@@ -143,7 +146,7 @@ def _written(folder: Path, summary: dict[str, Any], began: tuple[float, float]) 
 
 class _Work:
     def __init__(self, experiment: DistillExperiment, folder: Path, watch: Watch | None) -> None:
-        self.experiment, self.folder, self.watch = experiment, folder, watch
+        self.experiment, self.folder, self.stages = experiment, folder, Stages(folder, watch)
         self.full: Records | None = None
         self.train: Records | None = None
         self.pairs: Pairs | None = None
@@ -169,6 +172,8 @@ class _Work:
         self.teaching = self.task
         if experiment.partner is not None:
             self._paired(experiment.partner)
+        if experiment.known is not None:
+            self._forget(experiment.known)
         if experiment.method is not None:
             self.train = None
         # Built before anything is trained, so that a wrong name costs nothing.
@@ -222,6 +227,15 @@ class _Work:
         own = self.train.x(np.arange(self.train.size))
         self.pairs = pairs(own, self.full.x(there), self.train.y)
 
+    def _forget(self, each: int) -> None:
+        """Take from the student's records every label but those of ``each`` records of a class."""
+        assert self.train is not None
+        # One draw for both: the same records keep their labels.
+        seed = self.experiment.seed
+        self.train = self.train.knowing(each, numpy_rng(seed, "known"))
+        if self.pairs is not None:
+            self.pairs = replace(self.pairs, records=self.pairs.records.knowing(each, numpy_rng(seed, "known")))
+
     def run(self) -> Distilled:
         began = time.perf_counter(), time.process_time()
         experiment = self.experiment
@@ -257,14 +271,14 @@ class _Work:
         return self._finished(summary, began)
 
     def _alone(self, summary: dict[str, Any]) -> None:
-        """Train the same student on labels alone, for comparison."""
+        """Train the same student on labels alone, for as many steps, for comparison."""
         experiment = self.experiment
         if experiment.alone and self.train is not None and self.train.y is not None:
             alone = self._model(self.task, experiment.student, "student")
             lonely = Distiller(
                 alone, None, [Term(self.task.labels, 1.0)], fit=experiment.training.fit, seed=experiment.seed
             )
-            self._fit(lonely, self.train, "alone", experiment.training)
+            self._fit(lonely, self.train.labelled() if experiment.known else self.train, "alone", experiment.training)
             summary["accuracy"]["alone"] = self.task.score(alone)
             summary["accuracy_by_class"]["alone"] = self._by_class(alone, self.task)
 
@@ -280,7 +294,7 @@ class _Work:
         began = time.perf_counter(), time.process_time()
         experiment, how = self.experiment, self.experiment.training
         assert self.train is not None
-        watch, place = self._watcher("student", how), self._place("student")
+        watch, place = self.stages.watcher("student", how.epochs), self.stages.place("student")
         if online.kind == "one":
             assert online.stage is not None
             taught = one(
@@ -351,8 +365,8 @@ class _Work:
             )  # fmt: skip
         log = extend(
             self.student, teacher.module, self.train, memory, config.old, layer=config.layer, relation=config.relation,
-            fit=experiment.training.fit, seed=experiment.seed, checkpoint=self._place("student"),
-            watch=self._watcher("student", experiment.training),
+            fit=experiment.training.fit, seed=experiment.seed, checkpoint=self.stages.place("student"),
+            watch=self.stages.watcher("student", experiment.training.epochs),
         )  # fmt: skip
         nearest = None
         if memory is not None and task.test is not None and task.test.y is not None:
@@ -429,7 +443,9 @@ class _Work:
             device=device(experiment.device, "device").type,
         )
         self._affordable(teacher, work.method, work.how)
-        work.run(checkpoint=self._place("student"), watch=self._watcher("student", experiment.training))
+        work.run(
+            checkpoint=self.stages.place("student"), watch=self.stages.watcher("student", experiment.training.epochs)
+        )
         queries = asked.queries
         self.student.to("cpu")
         asked.to("cpu")
@@ -498,25 +514,7 @@ class _Work:
         return load_teacher(config.path, task.shape, task.classes, config.model, config.gives, task.make)
 
     def _fit(self, distiller: Distiller, data: Records, stage: str, how: FitConfig) -> None:
-        distiller.fit(data, checkpoint=self._place(stage), watch=self._watcher(stage, how))
-
-    def _place(self, stage: str) -> Path:
-        """Return the folder of a stage's checkpoint, which is sound or not there yet."""
-        place = self.folder / "checkpoints" / stage.replace(" ", "-")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists():
-            try:
-                read_bundle(place)
-            except StorageError as cause:
-                raise StorageError(f"{cause}; remove {place} to train this stage from its beginning") from cause
-        return place
-
-    def _watcher(self, stage: str, how: FitConfig) -> Callable[[Epoch], None]:
-        def watch(epoch: Epoch) -> None:
-            if self.watch is not None:
-                self.watch(stage, epoch, how.epochs)
-
-        return watch
+        distiller.fit(data, checkpoint=self.stages.place(stage), watch=self.stages.watcher(stage, how.epochs))
 
     def _model(self, task: Classify | Segment | Detect, name: str, stage: str) -> nn.Module:
         return task.make(name, key(self.experiment.seed, "initial", stage, name))

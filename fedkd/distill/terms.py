@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fedkd.losses import Loss, TrainedLoss
+from fedkd.losses import UNKNOWN, Loss, TrainedLoss
 
 Schedule = Callable[[int], float]
 """Factor of a term's weight by epoch, from 0."""
@@ -117,12 +117,18 @@ class Bound(nn.Module):
         labels: Tensor | None,
         index: Tensor,
     ) -> Tensor:
-        """Return the loss, without its weight."""
+        """Return the loss, without its weight; of records without a label where some have one, see :class:`Records`."""
         if self.trained is not None:
             found: Tensor = self.trained(tuple(student), tuple(teacher), labels, index)
             return found
-        first = student[0] if self.adapter is None else self.adapter(student[0])
-        return self.term.loss(first, teacher[0], labels)
+        first, told = student[0] if self.adapter is None else self.adapter(student[0]), teacher[0]
+        if self.term.loss.supervised and labels is not None and labels.dim() == 1:
+            known = labels != UNKNOWN
+            if not bool(known.any()):
+                return first.sum() * 0
+            if not bool(known.all()):
+                first, told, labels = first[known], told[known], labels[known]
+        return self.term.loss(first, told, labels)
 
 
 def adapter(student: Tensor, teacher: Tensor) -> nn.Module | None:

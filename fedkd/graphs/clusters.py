@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.distill.loop import Batch, Fit, Loop
+from fedkd.distill.loop import Batch, Epoch, Fit, Loop
 from fedkd.graphs.graph import Graph
 from fedkd.graphs.models import GraphNet, NodeMLP, symmetric_adjacency
 from fedkd.losses.graph import soft_assignment, target_distribution
@@ -40,7 +42,15 @@ class ClusterNet(nn.Module):
         return soft_assignment(self.encoder(x), self.centres)
 
 
-def embed(model: GraphNet, graph: Graph, fit: ClusterFit, seed: int) -> Tensor:
+def embed(
+    model: GraphNet,
+    graph: Graph,
+    fit: ClusterFit,
+    seed: int,
+    *,
+    checkpoint: Path | None = None,
+    watch: Callable[[Epoch], None] | None = None,
+) -> Tensor:
     """Train a graph autoencoder and return its embedding [N, D].
 
     T. Kipf, M. Welling, "Variational Graph Auto-Encoders", 2016, https://arxiv.org/abs/1611.07308, section 2, the
@@ -58,7 +68,7 @@ def embed(model: GraphNet, graph: Graph, fit: ClusterFit, seed: int) -> Tensor:
 
     # A graph net reads all nodes at once: one batch is the whole graph.
     how = Fit(epochs=fit.epochs, batch_size=len(graph), optimizer="adam", lr=fit.lr, weight_decay=0.0)
-    Loop({"autoencoder": model}, len(graph), step, fit=how, seed=seed).run()
+    Loop({"autoencoder": model}, len(graph), step, fit=how, seed=seed).run(checkpoint=checkpoint, watch=watch)
     model.eval()
     with torch.no_grad():
         out: Tensor = model(x, adjacency)
@@ -74,7 +84,15 @@ def centres_of(embedding: Tensor, clusters: int, seed: int) -> Tensor:
 
 
 def distil_clusters(
-    encoder: NodeMLP, graph: Graph, embedding: Tensor, clusters: int, fit: ClusterFit, seed: int
+    encoder: NodeMLP,
+    graph: Graph,
+    embedding: Tensor,
+    clusters: int,
+    fit: ClusterFit,
+    seed: int,
+    *,
+    checkpoint: Path | None = None,
+    watch: Callable[[Epoch], None] | None = None,
 ) -> ClusterNet:
     """Train a perceptron on the teacher's embedding [N, D] and on the target distribution of its clusters.
 
@@ -95,7 +113,7 @@ def distil_clusters(
         }
 
     how = Fit(epochs=fit.epochs, batch_size=fit.batch, optimizer="adam", lr=fit.lr, weight_decay=fit.weight_decay)
-    Loop({"student": student}, len(graph), step, fit=how, seed=seed).run()
+    Loop({"student": student}, len(graph), step, fit=how, seed=seed).run(checkpoint=checkpoint, watch=watch)
     return student.eval()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,13 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.graphs.early import keep_best
+from fedkd.distill.loop import Batch, Best, Epoch, Fit, Loop
 from fedkd.graphs.graph import Graph
 from fedkd.graphs.models import GraphNet, NodeMLP, mean_adjacency
 from fedkd.graphs.positions import walks
 from fedkd.losses import KD
 from fedkd.losses.graph import ContextRanking
-from fedkd.seeding import key, numpy_rng
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,33 @@ def hits_at(k: int, links: Tensor, none: Tensor) -> float:
     return float((links > none.topk(k).values[-1]).double().mean())
 
 
-def train_links(model: LinkModel, graph: Graph, split: LinkSplit, fit: LinkFit, seed: int) -> dict[str, float]:
-    """Train on true links alone; return ``hits`` at k and ``auc`` on the test pairs."""
-    return _train(model, graph, split, fit, seed, None)
+def train_links(
+    model: LinkModel,
+    graph: Graph,
+    split: LinkSplit,
+    fit: LinkFit,
+    seed: int,
+    *,
+    checkpoint: Path | None = None,
+    watch: Callable[[Epoch], None] | None = None,
+) -> dict[str, float]:
+    """Train on true links alone; return ``hits`` at k and ``auc`` on the test pairs.
+
+    ``checkpoint``, ``watch``: see :meth:`fedkd.distill.loop.Loop.run`.
+    """
+    return _train(model, graph, split, fit, seed, None, checkpoint, watch)
 
 
 def distil_links(
-    student: LinkModel, teacher: LinkModel, graph: Graph, split: LinkSplit, fit: LinkFit, seed: int
+    student: LinkModel,
+    teacher: LinkModel,
+    graph: Graph,
+    split: LinkSplit,
+    fit: LinkFit,
+    seed: int,
+    *,
+    checkpoint: Path | None = None,
+    watch: Callable[[Epoch], None] | None = None,
 ) -> dict[str, float]:
     """Train by true links and by the teacher's scores of every anchor with its context nodes.
 
@@ -119,15 +140,21 @@ def distil_links(
     weights * (BCE of links, KL of the softmax over contexts of both models' link chances, ranking of contexts). Contexts
     are the nodes on short walks from the anchor and as many random nodes (section 4.3).
     """
-    return _train(student, graph, split, fit, seed, teacher)
+    return _train(student, graph, split, fit, seed, teacher, checkpoint, watch)
 
 
 def _train(
-    model: LinkModel, graph: Graph, split: LinkSplit, fit: LinkFit, seed: int, teacher: LinkModel | None
+    model: LinkModel,
+    graph: Graph,
+    split: LinkSplit,
+    fit: LinkFit,
+    seed: int,
+    teacher: LinkModel | None,
+    checkpoint: Path | None,
+    watch: Callable[[Epoch], None] | None,
 ) -> dict[str, float]:
     known = graph.with_edges(split.train)
     x, adjacency = graph.rows(), mean_adjacency(len(graph), known.arcs)
-    optimizer = torch.optim.Adam(model.parameters(), fit.lr)
     positive = torch.from_numpy(split.train)
     told: Tensor | None = None
     if teacher is not None:
@@ -135,31 +162,31 @@ def _train(
         with torch.no_grad():
             told = teacher.embed(x, adjacency)
 
-    def epoch(number: int) -> None:
-        rng = numpy_rng(seed, "links", number)
+    def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
         h = model.embed(x, adjacency)
-        negative = torch.from_numpy(_no_edges(known, positive.shape[1], rng))
+        negative = torch.from_numpy(_no_edges(known, positive.shape[1], batch.rng))
         pairs = torch.cat([positive, negative], 1)
         truth = torch.cat([torch.ones(positive.shape[1]), torch.zeros(negative.shape[1])])
-        loss = fit.labels * F.binary_cross_entropy_with_logits(model.logits(h[pairs[0]], h[pairs[1]]), truth)
-        if teacher is not None:
-            assert told is not None
-            loss = loss + _contexts(model, teacher, h, told, known, fit, rng)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        right = F.binary_cross_entropy_with_logits(model.logits(h[pairs[0]], h[pairs[1]]), truth)
+        found = {"labels": (right, fit.labels)}
+        if teacher is not None and told is not None:
+            found |= _contexts(model, teacher, h, told, known, fit, batch.rng)
+        return found
 
     def score() -> float:
         return _measure(model, x, adjacency, split.validation, split.validation_none, fit.k)["hits"]
 
-    keep_best(model, key(seed, "links"), epoch, score, epochs=fit.epochs, patience=fit.patience, every=fit.every)
+    # A step reads all links at once: one batch is all of them.
+    size = positive.shape[1]
+    how = Fit(epochs=fit.epochs, batch_size=size, optimizer="adam", lr=fit.lr, weight_decay=0.0)
+    best = Best(score=score, patience=fit.patience, every=fit.every)
+    Loop({"model": model}, size, step, fit=how, seed=seed, best=best, clip=1.0).run(checkpoint=checkpoint, watch=watch)
     return _measure(model, x, adjacency, split.test, split.test_none, fit.k)
 
 
 def _contexts(
     model: LinkModel, teacher: LinkModel, h: Tensor, told: Tensor, graph: Graph, fit: LinkFit, rng: np.random.Generator
-) -> Tensor:
+) -> dict[str, tuple[Tensor, float]]:
     anchors = rng.permutation(len(graph))[: fit.anchors]
     paths = walks(graph, fit.hops + 1, fit.near, rng)
     # A walk's first entry is its node: each node has `near` of them.
@@ -171,8 +198,10 @@ def _contexts(
     own = model.logits(h[at].unsqueeze(1), h[context]).sigmoid()
     with torch.no_grad():
         wanted = teacher.logits(told[at].unsqueeze(1), told[context]).sigmoid()
-    loss = fit.distribution * KD(temperature=1)(own, wanted)
-    return loss + fit.ranking * ContextRanking(margin=fit.margin)(own, wanted)
+    return {
+        "distribution": (KD(temperature=1)(own, wanted), fit.distribution),
+        "ranking": (ContextRanking(margin=fit.margin)(own, wanted), fit.ranking),
+    }
 
 
 @torch.no_grad()

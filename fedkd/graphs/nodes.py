@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedkd.distill.loop import Batch, Best, Epoch, Fit, Loop
 from fedkd.errors import ConfigError
-from fedkd.graphs.early import keep_best
 from fedkd.graphs.graph import Graph, NodeSplit
 from fedkd.graphs.models import GraphNet, NodeMLP, mean_adjacency, sampled_adjacency, symmetric_adjacency
 from fedkd.losses import KD, CrossEntropy
 from fedkd.losses.graph import RepresentationSimilarity, local_structure
-from fedkd.seeding import key, numpy_rng
+from fedkd.seeding import key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,10 @@ class NodeFit:
     weight_decay: float = 5e-4
     batch: int = 512
     fan_out: int | None = 5
+
+    def fit(self, batch: int) -> Fit:
+        """Return it as the loop takes it, for batches of ``batch`` records."""
+        return Fit(epochs=self.epochs, batch_size=batch, optimizer="adam", lr=self.lr, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,39 +68,51 @@ def node_accuracy(logits: Tensor, labels: Tensor, nodes: NDArray[np.int64]) -> f
     return float((logits[index].argmax(1) == labels[index]).double().mean())
 
 
-def train_nodes(model: GraphNet | NodeMLP, graph: Graph, split: NodeSplit, fit: NodeFit, seed: int) -> Tensor:
-    """Train on the labels of ``split.train`` alone and return logits [N, C] of all nodes, by the best weights."""
-    labels, train = graph.labels, torch.from_numpy(split.train)
-    optimizer = torch.optim.Adam(model.parameters(), fit.lr, weight_decay=fit.weight_decay)
-    x = graph.rows()
-    full = _full(graph, fit)
-    few = None if isinstance(model, GraphNet) else graph.rows(split.train)
+def train_nodes(
+    model: GraphNet | NodeMLP,
+    graph: Graph,
+    split: NodeSplit,
+    fit: NodeFit,
+    seed: int,
+    *,
+    checkpoint: Path | None = None,
+    watch: Callable[[Epoch], None] | None = None,
+) -> Tensor:
+    """Train on the labels of ``split.train`` alone and return logits [N, C] of all nodes, by the best weights.
 
-    def epoch(number: int) -> None:
+    An epoch is one step on all of them. ``checkpoint``, ``watch``: see :meth:`fedkd.distill.loop.Loop.run`.
+    """
+    labels, train = graph.labels, torch.from_numpy(split.train)
+    x, full = graph.rows(), _full(graph, fit)
+    few, held = graph.rows(split.train), graph.rows(split.validation)
+
+    def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
         if isinstance(model, GraphNet):
-            rng = numpy_rng(seed, "neighbours", number)
             drawn = full if fit.fan_out is None else [
-                sampled_adjacency(len(graph), graph.arcs, fit.fan_out, rng) for _ in model.layers
+                sampled_adjacency(len(graph), graph.arcs, fit.fan_out, batch.rng) for _ in model.layers
             ]  # fmt: skip
             logits = model(x, drawn)[train]
         else:
-            assert few is not None
             logits = model(few)
-        loss = CrossEntropy()(logits, logits, labels[train])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return {"labels": (CrossEntropy()(logits, logits, labels[train]), 1.0)}
 
     def score() -> float:
         if isinstance(model, GraphNet):
             return node_accuracy(model(x, full), labels, split.validation)
-        return float((model(held).argmax(1) == labels[torch.from_numpy(split.validation)]).double().mean())
+        return _right(model(held), graph, split.validation)
 
-    held = graph.rows(split.validation)
-    keep_best(model, key(seed, "graph dropout"), epoch, score, epochs=fit.epochs, patience=fit.patience, later=True)
+    best = Best(score=score, patience=fit.patience, later=True)
+    loop = Loop({"model": model}, len(train), step, fit=fit.fit(len(train)), seed=seed, best=best)
+    loop.run(checkpoint=checkpoint, watch=watch)
+    model.eval()
     with torch.no_grad():
         out: Tensor = model(x, full) if isinstance(model, GraphNet) else model(x)
     return out
+
+
+def _right(logits: Tensor, graph: Graph, nodes: NDArray[np.int64]) -> float:
+    """Return the share of right answers among logits [n, C] of ``nodes`` [n]."""
+    return float((logits.argmax(1) == graph.labels[torch.from_numpy(nodes)]).double().mean())
 
 
 def _full(graph: Graph, fit: NodeFit) -> Tensor:
@@ -117,10 +135,15 @@ def distil_nodes(
     terms: GraphTerms,
     fit: NodeFit,
     seed: int,
+    *,
+    checkpoint: Path | None = None,
+    watch: Callable[[Epoch], None] | None = None,
 ) -> Tensor:
     """Train ``student`` on all nodes of ``graph`` by the teacher's logits and hidden values, return its logits [N, C].
 
     Labels of ``split.validation`` choose the epoch, as in the published experiments; labels of ``split.test`` are unread.
+    Batches are full ones; the nodes left over in an epoch are elsewhere in the next. ``checkpoint``, ``watch``: see
+    :meth:`fedkd.distill.loop.Loop.run`.
 
     Raises:
         ConfigError: no term has a weight.
@@ -131,49 +154,46 @@ def distil_nodes(
     labels = graph.labels
     known = torch.zeros(len(graph), dtype=torch.bool)
     known[torch.from_numpy(split.train)] = True
-    projection = _projection(student, features, seed) if terms.similarity else None
-    parameters = [*student.parameters(), *(projection.parameters() if projection is not None else ())]
-    optimizer = torch.optim.Adam(parameters, fit.lr, weight_decay=fit.weight_decay)
+    parts: dict[str, nn.Module] = {"student": student}
+    if terms.similarity:
+        parts["projection"] = _projection(student, features, seed)
     kd, similar = KD(temperature=1), RepresentationSimilarity()
     arcs = graph.arcs
-    arcs = arcs[:, np.argsort(arcs[1], kind="stable")]
     held = graph.rows(split.validation)
 
-    def epoch(number: int) -> None:
-        order = numpy_rng(seed, "nodes", number).permutation(len(graph))
-        batches = max(1, len(order) // fit.batch)
-        for index in np.array_split(order[: batches * fit.batch], batches):
-            at = torch.from_numpy(index)
-            if terms.structure:
-                into = arcs[:, np.isin(arcs[1], index)]
-                around = np.setdiff1d(into[0], index)
-                seen = student.hidden(graph.rows(np.concatenate([index, around])))
-            else:
-                seen = student.hidden(graph.rows(index))
-            own = seen[-1][: len(index)]
-            loss = terms.soft * kd(own, logits[at])
-            if terms.labels and bool(known[at].any()):
-                few = known[at]
-                loss = loss + terms.labels * CrossEntropy()(own[few], own[few], labels[at][few])
-            if projection is not None:
-                loss = loss + terms.similarity * similar(projection(seen[-2][: len(index)]), features[at])
-            if terms.structure and into.shape[1]:
-                nodes = np.concatenate([index, around])
-                place = np.zeros(len(graph), np.int64)
-                place[nodes] = np.arange(len(nodes))
-                inner = torch.from_numpy(place[into])
-                loss = loss + terms.structure * local_structure(seen[-2], features[torch.from_numpy(nodes)], inner)
-            if terms.adversarial:
-                moved = _moved(student, graph.dense(index), logits[at], terms)
-                loss = loss + terms.adversarial * kd(student(moved), logits[at])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
+        index, at = batch.index, torch.from_numpy(batch.index)
+        into, around = arcs[:, :0], index[:0]
+        if terms.structure:
+            into = arcs[:, np.isin(arcs[1], index)]
+            around = np.setdiff1d(into[0], index)
+        nodes = np.concatenate([index, around])
+        seen = student.hidden(graph.rows(nodes))
+        own = seen[-1][: len(index)]
+        found = {"soft": (kd(own, logits[at]), terms.soft)}
+        if terms.labels:
+            few = known[at]
+            right = CrossEntropy()(own[few], own[few], labels[at][few]) if bool(few.any()) else own.sum() * 0
+            found["labels"] = right, terms.labels
+        if terms.similarity:
+            found["similarity"] = similar(parts["projection"](seen[-2][: len(index)]), features[at]), terms.similarity
+        if terms.structure:
+            place = np.zeros(len(graph), np.int64)
+            place[nodes] = np.arange(len(nodes))
+            told = features[torch.from_numpy(nodes)]
+            found["structure"] = local_structure(seen[-2], told, torch.from_numpy(place[into])), terms.structure
+        if terms.adversarial:
+            moved = _moved(student, graph.dense(index), logits[at], terms)
+            found["adversarial"] = kd(student(moved), logits[at]), terms.adversarial
+        return found
 
     def score() -> float:
-        return float((student(held).argmax(1) == labels[torch.from_numpy(split.validation)]).double().mean())
+        return _right(student(held), graph, split.validation)
 
-    keep_best(student, key(seed, "graph dropout"), epoch, score, epochs=fit.epochs, patience=fit.patience, later=True)
+    best = Best(score=score, patience=fit.patience, later=True)
+    loop = Loop(parts, len(graph), step, fit=fit.fit(fit.batch), seed=seed, best=best, whole=True)
+    loop.run(checkpoint=checkpoint, watch=watch)
+    student.eval()
     with torch.no_grad():
         out: Tensor = student(graph.rows())
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from fedkd.data.files import required
+from fedkd.distill.loop import Epoch, logged
+from fedkd.distill.stages import Stages
 from fedkd.errors import ConfigError
 from fedkd.graphs.clusters import ClusterFit, centres_of, cluster_scores, distil_clusters, embed
 from fedkd.graphs.graph import Graph, per_class_split, read_graph
@@ -53,16 +55,21 @@ class GraphWork:
 
 @dataclass(frozen=True)
 class Found:
-    """The ``student``, its widths and dropout as ``made_of`` says, and ``scores`` and ``sizes`` of all three."""
+    """The ``student``, its widths and dropout as ``made_of`` says, its ``log``, and ``scores`` and ``sizes`` of all three."""
 
     student: nn.Module
     made_of: Mapping[str, Any]
     scores: Mapping[str, float | None]
     sizes: Mapping[str, int]
+    log: Sequence[Epoch]
 
 
-def taught(work: GraphWork, student: str, teacher: str, seed: int, alone: bool) -> Found:
-    """Train the teacher on the graph, the student by it, and, if ``alone``, the same student on labels.
+Teach = Callable[[Stages], Found]
+"""Trains stage by stage, going on from the checkpoints that are there."""
+
+
+def teaching(work: GraphWork, student: str, teacher: str, seed: int, alone: bool) -> Teach:
+    """Return what trains the teacher on the graph, the student by it, and, if ``alone``, the same student on labels.
 
     Args:
         student: ``mlp(hidden=[128], dropout=0.6)``, for instance.
@@ -77,8 +84,8 @@ def taught(work: GraphWork, student: str, teacher: str, seed: int, alone: bool) 
     _, below = _model(student, ("mlp",))
     graph = read_graph(required(work.path, "graph"), work.name)
     graph = graph if work.whole else graph.largest_component()
-    run = {"nodes": _nodes, "links": _links, "clusters": _clusters}[work.task]
-    return run(work, graph, kind, above, below, seed, alone)
+    ready = {"nodes": _nodes, "links": _links, "clusters": _clusters}[work.task]
+    return ready(work, graph, kind, above, below, seed, alone)
 
 
 Options = dict[str, Any]
@@ -98,12 +105,19 @@ def _fresh(net: type[GraphNet | NodeMLP], inputs: int, outputs: int, options: Op
         return net([inputs, *options["hidden"], outputs], options["dropout"])
 
 
-def _found(student: nn.Module, made_of: Options, teacher: nn.Module, scores: Mapping[str, float | None]) -> Found:
+def _found(
+    student: nn.Module, made_of: Options, teacher: nn.Module, scores: Mapping[str, float | None], stages: Stages
+) -> Found:
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in (("student", student), ("teacher", teacher))}
-    return Found(student, made_of, scores, sizes)
+    return Found(student, made_of, scores, sizes, logged(stages.place("student")))
 
 
-def _nodes(work: GraphWork, graph: Graph, kind: str, above: Options, below: Options, seed: int, alone: bool) -> Found:
+def _kept(stages: Stages, stage: str, epochs: int) -> Options:
+    """Return where a stage leaves its checkpoint and whom it tells, as trainers take it."""
+    return {"checkpoint": stages.place(stage), "watch": stages.watcher(stage, epochs)}
+
+
+def _nodes(work: GraphWork, graph: Graph, kind: str, above: Options, below: Options, seed: int, alone: bool) -> Teach:
     # A graph convolution reads all neighbours, GraphSAGE five that it draws.
     teach = made(NodeFit, "graph.teach", ({"fan_out": None} if kind == "gcn" else {}) | dict(work.teach))
     learn = made(NodeFit, "graph.learn", {"weight_decay": 5e-3, **work.learn})
@@ -112,24 +126,27 @@ def _nodes(work: GraphWork, graph: Graph, kind: str, above: Options, below: Opti
     if split is None:
         split = per_class_split(graph.y, work.per_class, work.validation, numpy_rng("graph split", seed))
     d, c = graph.x.shape[1], graph.classes
-    teacher = _fresh(GraphNet, d, c, above, seed, "teacher")
-    train_nodes(teacher, graph, split, teach, seed)
-    told = answers(teacher, graph, teach)
-    seen = graph.with_positions(deepwalk(graph, seed=seed)) if work.positions else graph
-    student = _fresh(NodeMLP, seen.x.shape[1], c, below, seed, "student")
-    logits = distil_nodes(student, seen, split, told, terms, learn, seed)
-    lonely = None
-    if alone:
-        other = _fresh(NodeMLP, seen.x.shape[1], c, below, seed, "student")
-        lonely = node_accuracy(train_nodes(other, seen, split, learn, seed), graph.labels, split.test)
-    return _found(
-        student, {"inputs": seen.x.shape[1], "outputs": c, **below}, teacher,
-        {"student": node_accuracy(logits, graph.labels, split.test),
-         "teacher": node_accuracy(told[0], graph.labels, split.test), "alone": lonely},
-    )  # fmt: skip
+
+    def run(stages: Stages) -> Found:
+        teacher = _fresh(GraphNet, d, c, above, seed, "teacher")
+        train_nodes(teacher, graph, split, teach, seed, **_kept(stages, "teacher 1", teach.epochs))
+        told = answers(teacher, graph, teach)
+        seen = graph.with_positions(deepwalk(graph, seed=seed)) if work.positions else graph
+        inputs = seen.x.shape[1]
+        student = _fresh(NodeMLP, inputs, c, below, seed, "student")
+        kept = _kept(stages, "student", learn.epochs)
+        scores: dict[str, float | None] = {"student": None, "teacher": None, "alone": None}
+        logits = {"student": distil_nodes(student, seen, split, told, terms, learn, seed, **kept), "teacher": told[0]}
+        if alone:
+            other = _fresh(NodeMLP, inputs, c, below, seed, "student")
+            logits["alone"] = train_nodes(other, seen, split, learn, seed, **_kept(stages, "alone", learn.epochs))
+        scores |= {who: node_accuracy(z, graph.labels, split.test) for who, z in logits.items()}
+        return _found(student, {"inputs": inputs, "outputs": c, **below}, teacher, scores, stages)
+
+    return run
 
 
-def _links(work: GraphWork, graph: Graph, kind: str, above: Options, below: Options, seed: int, alone: bool) -> Found:
+def _links(work: GraphWork, graph: Graph, kind: str, above: Options, below: Options, seed: int, alone: bool) -> Teach:
     if kind != "sage":
         raise ConfigError("links are taught by sage(...)")
     teach, learn = made(LinkFit, "graph.teach", work.teach), made(LinkFit, "graph.learn", work.learn)
@@ -141,39 +158,44 @@ def _links(work: GraphWork, graph: Graph, kind: str, above: Options, below: Opti
             torch.manual_seed(key(seed, "graph model", who, "score"))
             return LinkModel(encoder, width)
 
-    teacher, student = model(GraphNet, above, "teacher"), model(NodeMLP, below, "student")
-    best = train_links(teacher, graph, split, teach, seed)
-    found = distil_links(student, teacher, graph, split, learn, seed)
-    other = train_links(model(NodeMLP, below, "student"), graph, split, learn, seed) if alone else None
-    return _found(
-        student, {"inputs": d, "outputs": width, **below}, teacher,
-        {"student": found["hits"], "teacher": best["hits"], "alone": other["hits"] if other is not None else None},
-    )  # fmt: skip
+    def run(stages: Stages) -> Found:
+        teacher, student = model(GraphNet, above, "teacher"), model(NodeMLP, below, "student")
+        best = train_links(teacher, graph, split, teach, seed, **_kept(stages, "teacher 1", teach.epochs))
+        kept = _kept(stages, "student", learn.epochs)
+        found = distil_links(student, teacher, graph, split, learn, seed, **kept)
+        scores: dict[str, float | None] = {"student": found["hits"], "teacher": best["hits"], "alone": None}
+        if alone:
+            other, kept = model(NodeMLP, below, "student"), _kept(stages, "alone", learn.epochs)
+            scores["alone"] = train_links(other, graph, split, learn, seed, **kept)["hits"]
+        return _found(student, {"inputs": d, "outputs": width, **below}, teacher, scores, stages)
+
+    return run
 
 
 def _clusters(
     work: GraphWork, graph: Graph, kind: str, above: Options, below: Options, seed: int, alone: bool
-) -> Found:
+) -> Teach:
     if kind != "gcn":
         raise ConfigError("clusters are found by a graph autoencoder of gcn(...)")
     teach, learn = made(ClusterFit, "graph.teach", work.teach), made(ClusterFit, "graph.learn", work.learn)
     d, clusters, width = graph.x.shape[1], graph.classes, above["hidden"][-1]
-    # The last hidden width is the embedding's.
-    teacher = _fresh(GraphNet, d, width, {**above, "hidden": above["hidden"][:-1]}, seed, "teacher")
-    z = embed(teacher, graph, teach, seed)
-    told = soft_assignment(z, centres_of(z, clusters, seed)).argmax(1).numpy()
-    encoder = _fresh(NodeMLP, d, width, below, seed, "student")
-    student = distil_clusters(encoder, graph, z, clusters, learn, seed)
-    with torch.no_grad():
-        named = student(graph.rows()).argmax(1).numpy()
-    lonely = None
-    if alone:
-        # Nothing is labelled: what a perceptron could do alone is what k-means finds in the features.
-        rows = torch.from_numpy(np.asarray(graph.x.todense(), np.float32))
-        centres = centres_of(rows, clusters, seed)
-        lonely = cluster_scores(torch.cdist(rows, centres).argmin(1).numpy(), graph.y)["accuracy"]
-    return _found(
-        student, {"inputs": d, "outputs": width, **below}, teacher,
-        {"student": cluster_scores(named, graph.y)["accuracy"],
-         "teacher": cluster_scores(told, graph.y)["accuracy"], "alone": lonely},
-    )  # fmt: skip
+
+    def run(stages: Stages) -> Found:
+        # The last hidden width is the embedding's.
+        teacher = _fresh(GraphNet, d, width, {**above, "hidden": above["hidden"][:-1]}, seed, "teacher")
+        z = embed(teacher, graph, teach, seed, **_kept(stages, "teacher 1", teach.epochs))
+        told = soft_assignment(z, centres_of(z, clusters, seed)).argmax(1).numpy()
+        encoder = _fresh(NodeMLP, d, width, below, seed, "student")
+        kept = _kept(stages, "student", learn.epochs)
+        student = distil_clusters(encoder, graph, z, clusters, learn, seed, **kept)
+        with torch.no_grad():
+            named = {"student": student(graph.rows()).argmax(1).numpy(), "teacher": told}
+        if alone:
+            # Nothing is labelled: what a perceptron could do alone is what k-means finds in the features.
+            rows = torch.from_numpy(np.asarray(graph.x.todense(), np.float32))
+            named["alone"] = torch.cdist(rows, centres_of(rows, clusters, seed)).argmin(1).numpy()
+        scores: dict[str, float | None] = {"student": None, "teacher": None, "alone": None}
+        scores |= {who: cluster_scores(found, graph.y)["accuracy"] for who, found in named.items()}
+        return _found(student, {"inputs": d, "outputs": width, **below}, teacher, scores, stages)
+
+    return run

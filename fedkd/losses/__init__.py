@@ -4,7 +4,7 @@ Functions return one value per record [B]; take the mean with ``batch.mean``. Cl
 frozen function that returns a scalar: see :class:`fedkd.losses.base.Loss`.
 """
 
-from fedkd.losses.base import Loss, TrainedLoss
+from fedkd.losses.base import UNKNOWN, Loss, TrainedLoss
 from fedkd.losses.contrastive import CRD, CompositionalContrast, InfoNCE
 from fedkd.losses.dense import (
     ChannelWise,
@@ -77,6 +77,7 @@ __all__ = [
     "DKD",
     "KD",
     "LOSSES",
+    "UNKNOWN",
     "AttentionTransfer",
     "BetaJensenShannon",
     "ChannelWise",

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 Reads = Literal["labels", "logits", "features"]
 
+UNKNOWN = -1
+"""The label of a record that has none among others that have one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loss(ABC):
@@ -25,11 +28,13 @@ class Loss(ABC):
 
     ``reads``: what the loss compares: true ``labels`` with logits, ``logits`` with logits, or ``features`` that are
     tapped from inner layers. ``aligned``: student's and teacher's features must have one shape, so that a student of
-    another width needs an adapter. ``weight``: the weight published for the loss.
+    another width needs an adapter. ``supervised``: it needs true labels; records whose label is :data:`UNKNOWN` are left
+    out of it. ``weight``: the weight published for the loss.
     """
 
     reads: ClassVar[Reads] = "logits"
     aligned: ClassVar[bool] = False
+    supervised: ClassVar[bool] = False
     published_weight: ClassVar[float] = 1.0
     paper: ClassVar[str] = ""
 
@@ -64,6 +69,8 @@ class TrainedLoss(Loss, ABC):
         Args:
             student, teacher: shapes [B, ...] of the tapped features, one per tap.
             records: number of training records N, for a memory of them.
+
+        ``labels`` may hold :data:`UNKNOWN`: what the module makes of such records is its own affair.
         """
 
     def __call__(

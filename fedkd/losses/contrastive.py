@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.losses.base import Loss, Reads, TrainedLoss, rows, same_shape, unit
+from fedkd.losses.base import UNKNOWN, Loss, Reads, TrainedLoss, rows, same_shape, unit
 
 
 @final
@@ -106,7 +106,9 @@ class _Contrast(nn.Module):
         allowed = others != index.unsqueeze(1)
         if labels is not None:
             self.classes_seen[index] = labels
-            allowed &= self.classes_seen[others] != labels.unsqueeze(1)
+            # Of records without a label nobody knows whether they are of one class.
+            own = labels.unsqueeze(1)
+            allowed &= (self.classes_seen[others] != own) | (own == UNKNOWN)
         total = self._one_way(0, s, t, self.bank_teacher, index, others, allowed, weight)
         total = total + self._one_way(1, t, s, self.bank_student, index, others, allowed, weight)
         with torch.no_grad():
@@ -154,11 +156,13 @@ class CompositionalContrast(TrainedLoss):
     records of its class in the batch; the mean of the six directions) + the symmetric KL of the student's and the
     composition's class probabilities. Published temperature: 0.5 for audio, 0.1 for image teachers.
 
-    Taps: features and logits of both models, ``student=("inner.body", "inner.head")``. Needs labels.
+    Taps: features and logits of both models, ``student=("inner.body", "inner.head")``. Needs labels, though not of all
+    records: one without a label is its own only positive, and is left out of the composition's cross-entropy.
     Deviations: both models' features pass a linear layer to ``dimensions``, as their widths differ; the three parts have
     one weight.
     """
 
+    supervised: ClassVar[bool] = True
     paper: ClassVar[str] = "Chen et al. 2021"
 
     temperature: float = 0.1  # tau
@@ -200,7 +204,9 @@ class _Composition(nn.Module):
         m = t + self.compose(torch.cat([t, v], 1))
         shares = torch.full((len(v),), 1 / len(v), dtype=v.dtype) if weight is None else weight
         own = self.head(m)
-        total = (F.cross_entropy(own, labels, reduction="none") * shares).sum()
+        known = shares * (labels != UNKNOWN)
+        right = F.cross_entropy(own, labels, reduction="none", ignore_index=UNKNOWN)
+        total = (right * known).sum() / known.sum().clamp(min=torch.finfo(v.dtype).tiny)
         ways = [(v, m), (m, v), (v, t), (t, v), (m, t), (t, m)]
         total = (
             total + torch.stack([class_contrast(a, b, labels, self.loss.temperature, shares) for a, b in ways]).mean()
@@ -218,12 +224,13 @@ def class_contrast(
 
     Args:
         anchors, others: [B, D], row by row of the same records.
-        labels: [B].
+        labels: [B]; a record whose label is unknown is of no class but its own.
         weight: [B], sums to 1, 0 for padding.
     """
     shares = torch.full((len(anchors),), 1 / len(anchors), dtype=anchors.dtype) if weight is None else weight
     scores = unit(anchors) @ unit(others).T / temperature
     scores = scores.masked_fill((shares == 0).unsqueeze(0), torch.finfo(scores.dtype).min)
-    same = (labels.unsqueeze(0) == labels.unsqueeze(1)) & (shares > 0).unsqueeze(0)
+    same = (labels.unsqueeze(0) == labels.unsqueeze(1)) & (labels != UNKNOWN)
+    same = (same | torch.eye(len(labels), dtype=torch.bool, device=labels.device)) & (shares > 0).unsqueeze(0)
     logs = scores.log_softmax(1).masked_fill(~same, 0.0)
     return -(logs.sum(1) / same.sum(1).clamp(min=1) * shares).sum()

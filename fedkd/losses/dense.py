@@ -25,6 +25,7 @@ class PixelCrossEntropy(Loss):
     """Mean cross-entropy of every pixel's class: scores [B, C, H, W], labels [B, H, W]."""
 
     reads: ClassVar[Reads] = "labels"
+    supervised: ClassVar[bool] = True
 
     def __call__(
         self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, weight: Tensor | None = None
@@ -132,6 +133,7 @@ class Detection(Loss):
     """
 
     reads: ClassVar[Reads] = "labels"
+    supervised: ClassVar[bool] = True
 
     alpha: float = 0.25
     gamma: float = 2.0

@@ -59,6 +59,7 @@ class PrototypeAlignment(Loss):
 
     reads: ClassVar[Reads] = "features"
     aligned: ClassVar[bool] = True
+    supervised: ClassVar[bool] = True
     paper: ClassVar[str] = "Snell et al. 2017; Tan et al. 2022"
 
     def __call__(

@@ -67,6 +67,7 @@ class CrossEntropy(Loss):
     """Cross-entropy with the true labels; the teacher is not read."""
 
     reads: ClassVar[Reads] = "labels"
+    supervised: ClassVar[bool] = True
 
     def __call__(
         self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, weight: Tensor | None = None
@@ -130,6 +131,7 @@ class DKD(Loss):
         ValueError: for two classes, where the other classes are one and NCKD is 0 for every student.
     """
 
+    supervised: ClassVar[bool] = True
     paper: ClassVar[str] = "Zhao et al. 2022"
 
     temperature: float = 4.0  # T

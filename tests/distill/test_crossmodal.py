@@ -7,10 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from fedkd.distill import Distiller, Fit, Term
+from fedkd.distill import Distiller, Fit, Records, Term
 from fedkd.distill.crossmodal import pairs, partners
+from fedkd.distill.terms import Bound
 from fedkd.errors import ConfigError
-from fedkd.losses import KD, CompositionalContrast, CrossEntropy, InfoNCE
+from fedkd.losses import (
+    CRD,
+    DKD,
+    KD,
+    UNKNOWN,
+    CompositionalContrast,
+    CrossEntropy,
+    InfoNCE,
+    Loss,
+    PrototypeAlignment,
+)
 from fedkd.losses.contrastive import class_contrast
 from fedkd.models.registry import Classifier
 
@@ -108,3 +119,52 @@ def test_a_teacher_of_another_kind_teaches() -> None:
     assert all(log[-1].terms[n] < log[0].terms[n] for n in log[0].terms)
     with torch.no_grad():
         assert float((student(own).argmax(1) == y).double().mean()) > 0.7
+
+
+# ---- records of which few have a label ------------------------------------------------------------------------------
+def test_few_labels_are_kept_and_come_often() -> None:
+    x, y = torch.arange(90.0).unsqueeze(1), torch.arange(90) % 3
+    known = Records.of(x, y).knowing(2, np.random.default_rng(1), share=0.25)
+    assert known.y is not None
+    there = known.y != UNKNOWN
+    assert float(there.double().mean()) == pytest.approx(0.25, abs=0.01)
+    rows = known.x(np.arange(known.size)).squeeze(1)
+    assert len(set(rows.tolist())) == 90 and len(set(rows[there].tolist())) == 6
+    assert torch.equal(known.y[there], (rows[there] % 3).long()), "a label stays with its record"
+    alone = known.labelled()
+    assert alone.size == known.size and alone.y is not None and not bool((alone.y == UNKNOWN).any())
+    assert set(alone.x(np.arange(alone.size)).squeeze(1).tolist()) == set(rows[there].tolist())
+    assert len({known.identity, alone.identity, Records.of(x, y).identity}) == 3, "cached answers are told apart"
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), DKD(), PrototypeAlignment()], ids=lambda loss: type(loss).__name__)
+def test_records_without_a_label_are_left_out_of_what_needs_one(loss: Loss) -> None:
+    stream = torch.Generator().manual_seed(5)
+    s, t = (torch.randn(6, 4, generator=stream, dtype=torch.float64) for _ in range(2))
+    y = torch.tensor([0, UNKNOWN, 2, UNKNOWN, 1, UNKNOWN])
+    known = y != UNKNOWN
+    bound = Bound(Term(loss), [s], [t], 6, 4)
+    assert torch.equal(bound([s], [t], y, torch.arange(6)), loss(s[known], t[known], y[known]))
+    nothing = bound([s.requires_grad_()], [t], torch.full((6,), UNKNOWN), torch.arange(6))
+    nothing.backward()
+    assert float(nothing.detach()) == 0 and s.grad is not None and not bool(s.grad.any())
+
+
+def test_contrasts_take_unlabelled_records_for_strangers() -> None:
+    stream = torch.Generator().manual_seed(6)
+    a, b = (torch.randn(5, 4, generator=stream, dtype=torch.float64) for _ in range(2))
+    y, own = torch.tensor([0, UNKNOWN, 0, UNKNOWN, 1]), torch.tensor([0, 3, 0, 4, 1])
+    assert torch.equal(class_contrast(a, b, y, 0.5), class_contrast(a, b, own, 0.5))
+    u, v = (torch.randn(5, 3, generator=stream, dtype=torch.float64) for _ in range(2))
+    net = CompositionalContrast(dimensions=4).build((a.shape, u.shape), (b.shape, v.shape), 5, 3).double()
+    with torch.no_grad():
+        net.head.weight.mul_(0)
+        net.head.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+        values = [float(net((a, torch.zeros_like(u)), (b, v), labels, None)) for labels in (y, own.clamp(max=1))]
+    assert np.isfinite(values[0]) and values[0] != values[1]
+    values = []
+    for labels in (torch.full((5,), UNKNOWN), None):
+        torch.manual_seed(7)
+        crd = CRD(negatives=64, dimensions=4).build((a.shape,), (b.shape,), 5, 3).double()
+        values.append(float(crd((a,), (b,), labels, torch.arange(5)).detach()))
+    assert values[0] == values[1]

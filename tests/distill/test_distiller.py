@@ -26,6 +26,7 @@ from fedkd.distill import (
     load_teacher,
 )
 from fedkd.distill.cache import AnswerCache
+from fedkd.distill.loop import Batch, Best, Epoch, Loop, logged
 from fedkd.errors import ConfigError
 from fedkd.losses import (
     CRD,
@@ -266,3 +267,47 @@ def test_a_resumed_training_is_the_same_training(teacher: nn.Module, tmp_path: P
     whole, pieces = train([4], tmp_path / "a"), train([1, 3, 4], tmp_path / "b")
     for a, b in zip(whole.parameters(), pieces.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_early_stopping_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best weights, how long it was waited, and the end of training are the same bits after a resume."""
+    monkeypatch.setattr("fedkd.distill.loop.PAUSE", 0.0)
+    x, y = digits()
+    x, y = x[:120], y[:120]
+    scores = [0.1, 0.5, 0.3, 0.5, 0.4, 0.2, 0.9]
+
+    def run(folder: Path, dies: int | None, later: bool) -> tuple[nn.Module, list[float | None]]:
+        net = model("mlp(hidden=[8], dropout=0.3)", 1)
+
+        def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
+            at = torch.from_numpy(batch.index)
+            return {"labels": (CrossEntropy()(net(x[at]), x, y[at]), 1.0)}
+
+        def look() -> float:
+            assert not net.training
+            return scores[len(loop.log) - 1]
+
+        def watch(epoch: Epoch) -> None:
+            if epoch.epoch == dies:
+                raise KeyboardInterrupt
+
+        best = Best(score=look, patience=2, later=later)
+        loop = Loop({"net": net}, 120, step, fit=Fit(epochs=7, batch_size=32), seed=1, best=best)
+        loop.run(checkpoint=folder, watch=watch)
+        return net, [e.score for e in loop.log]
+
+    for later, ends in ((False, 4), (True, 6)):
+        whole, log = run(tmp_path / f"whole {later}", None, later)
+        assert log == scores[:ends], "two looks without a better score end it"
+        for dies in (1, 2, ends - 1):
+            place = tmp_path / f"{dies} {later}"
+            with pytest.raises(KeyboardInterrupt):
+                run(place, dies, later)
+            again, log = run(place, None, later)
+            assert log == scores[:ends]
+            for name, tensor in whole.state_dict().items():
+                assert torch.equal(tensor, again.state_dict()[name])
+    # The best is epoch 1 of the first; of equal scores the later is epoch 3: the two differ.
+    kept = [run(tmp_path / f"whole {later}", None, later)[0].state_dict()["head.weight"] for later in (False, True)]
+    assert not torch.equal(*kept)
+    assert [e.score for e in logged(tmp_path / "whole True")] == scores[:6]

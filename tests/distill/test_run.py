@@ -12,7 +12,9 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from fedkd.cli.main import app
+from fedkd.distill import loop
 from fedkd.distill.config import load
+from fedkd.distill.loop import Epoch
 from fedkd.distill.run import resume, start
 from fedkd.distill.teachers import load_teacher
 from fedkd.errors import ConfigError
@@ -65,7 +67,8 @@ def test_the_command_teaches_and_keeps_a_folder(tmp_path: Path, monkeypatch: pyt
         "exemplars={old: [0, 1, 2, 3, 4], per_class: 2, steps: 5, relation: 2.0}",
     ],
 )
-def test_an_interrupted_run_goes_on_bit_for_bit(way: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_bit_for_bit(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PAUSE", 0.0)
     raw = [way, "training.epochs=4", "student=mlp(hidden=[8], dropout=0.2)", "data.train_size=300"]
     if way.startswith("exemplars"):
         raw.append("teacher={model: 'mlp(hidden=[8], dropout=0.2)', training: {epochs: 2}}")
@@ -172,6 +175,27 @@ def test_a_teacher_of_another_kind_of_input(tmp_path: Path) -> None:
     assert load_teacher(tmp_path / "run/teacher-1.safetensors", (1, 16, 16), 10).classes == 10
 
 
+def test_few_labels_and_many_pairs(tmp_path: Path) -> None:
+    """A student that reads one label of each class learns of the others what pairs tell, and alone reads as few."""
+    data = load_digits()
+    images = data.images[:, None].astype(np.float32) / 16
+    np.savez(tmp_path / "large.npz", x=images, y=data.target)
+    words = [f"partner={{source: npz, path: {tmp_path}/large.npz}}", "data.train_size=400", "training.epochs=12"]
+    words += ["teacher={model: 'mlp(hidden=[32])', training: {epochs: 8}}", "student=mlp(hidden=[16])", "known=1"]
+    summary = start(load(None, words)[0][1], tmp_path / "run").summary
+    scores = summary["accuracy"]
+    assert scores["student"] > scores["alone"] + 0.15, scores
+    for wrong, told in (
+        (["known=2", "labels=false"], "it has none"),
+        (["online={kind: dml}", "known=2"], "reads the label of every record"),
+        (["graph.path=g.npz", "known=2"], "does not go with known"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            load(None, wrong)
+    with pytest.raises(ConfigError, match="leave `ce`, `dkd` out"):
+        load(None, ["labels=false", "terms=[{loss: ce}, {loss: dkd}, {loss: kd}]"])
+
+
 def communities(path: Path) -> None:
     """A graph of four communities, which edges tell well and features poorly."""
     rng = np.random.default_rng(1)
@@ -183,14 +207,24 @@ def communities(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "words"),
+    ("task", "dies_in", "words"),
     [
-        ("nodes", ["terms: {soft: 1.0, structure: 10.0}, learn: {epochs: 40}, teach: {epochs: 40}"]),
-        ("links", ["learn: {epochs: 20}, teach: {epochs: 20}"]),
-        ("clusters", ["learn: {epochs: 40, target: 0.5}, teach: {epochs: 60}", "teacher=gcn(hidden=[16, 8])"]),
+        (
+            "nodes",
+            "student",
+            ["terms: {soft: 1.0, structure: 10.0}, learn: {epochs: 99, patience: 10}, teach: {epochs: 30}"],
+        ),
+        ("links", "teacher 1", ["learn: {epochs: 20}, teach: {epochs: 20}"]),
+        (
+            "clusters",
+            "student",
+            ["learn: {epochs: 40, target: 0.5}, teach: {epochs: 60}", "teacher=gcn(hidden=[16, 8])"],
+        ),
     ],
 )
-def test_a_graph_is_taught(task: str, words: list[str], tmp_path: Path) -> None:
+def test_a_graph_is_taught(
+    task: str, dies_in: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     communities(tmp_path / "g.npz")
     graph = f"graph={{path: {tmp_path}/g.npz, task: {task}, per_class: 6, validation: 8, {words[0]}}}"
     summary = start(load(None, [graph, *words[1:], "student=mlp(hidden=[16])"])[0][1], tmp_path / "run").summary
@@ -198,13 +232,28 @@ def test_a_graph_is_taught(task: str, words: list[str], tmp_path: Path) -> None:
     assert 0.3 < scores["teacher"] <= 1 and 0 <= scores["student"] <= 1 and 0 <= scores["alone"] <= 1
     if task == "nodes":
         assert scores["student"] > scores["alone"], "edges told what features do not"
+    assert (9 < len(summary["log"]) < 99) and all(np.isfinite(list(e["terms"].values())).all() for e in summary["log"])
     assert resume(tmp_path / "run").summary == summary
-    (tmp_path / "run/summary.json").unlink()
-    assert resume(tmp_path / "run").summary["accuracy"] == scores
-    assert "<svg" not in render(tmp_path / "run")
+    assert "<svg" in render(tmp_path / "run")
+
+    def dies(stage: str, epoch: Epoch, epochs: int) -> None:
+        if (stage, epoch.epoch) == (dies_in, 6):
+            raise KeyboardInterrupt
+
+    # Killed half-way, it goes on to the same bits.
+    stages: list[tuple[str, int]] = []
+    experiment = load(None, [graph, *words[1:], "student=mlp(hidden=[16])"])[0][1]
+    monkeypatch.setattr(loop, "PAUSE", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        start(experiment, tmp_path / "cut", dies)
+    again = resume(tmp_path / "cut", lambda stage, epoch, _: stages.append((stage, epoch.epoch)))
+    assert stages[0] == (dies_in, 7)
+    assert again.summary["accuracy"] == scores and again.summary["log"] == summary["log"]
+    assert len({(tmp_path / run / "student.safetensors").read_bytes() for run in ("run", "cut")}) == 1
     with pytest.raises(ConfigError, match="Did you mean 'epochs'"):
         wrong = graph.replace("learn: {", "learn: {epoch: 1, ")
         start(load(None, [wrong, *words[1:]])[0][1], tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists(), "refused before anything is written"
     with pytest.raises(ConfigError, match="on a graph expected"):
         start(load(None, [graph, "student=lenet"])[0][1], tmp_path / "wrong2")
     with pytest.raises(ConfigError, match="does not go with data"):

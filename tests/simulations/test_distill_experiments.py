@@ -7,7 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from fedkd.distill.config import load
+from fedkd.distill.run import start
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +52,37 @@ def test_an_experiment_runs(command: str, tmp_path: Path, capsys: pytest.Capture
     for row in found["rows"].values():
         assert len(row[first]["per_seed"]) == 2
     assert next(iter(found["rows"])) in capsys.readouterr().out
+
+
+QUICK = "training.epochs=1"
+SMALL = {
+    "mnist-kd": ["data.source=digits", "data.train_size=200", "teacher={model: cnn, training: {epochs: 1}}", "student=cnn"],
+    "exemplars": ["data.source=digits", "data.train_size=200", "teacher={model: cnn, training: {epochs: 1}}", "student=cnn",
+                  "exemplars.steps=2", "exemplars.per_class=1"],
+    "sounds": ["data.source=digits", "data.train_size=200", "partner=digits", "known=2", "student=cnn",
+               "teacher={model: cnn, training: {epochs: 1}}"],
+    "scenes": ["data=digits", "scenes={canvas: 24, most: 1, teacher: 4, student: 4, test: 3}",
+               "teacher={model: segmenter(width=3), training: {epochs: 1}}", "student=segmenter(width=2)"],
+    "cora": ["graph.learn.epochs=2", "graph.teach.epochs=2", "graph.per_class=4", "graph.validation=4"],
+    "cora-links": ["graph.learn.epochs=6", "graph.teach.epochs=6", "graph.learn.anchors=20"],
+    "cora-clusters": ["graph.learn.epochs=2", "graph.teach.epochs=2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "simulations/distill").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_shipped_experiment_runs(path: Path, tmp_path: Path) -> None:
+    from simulations.distill.graphs import communities
+
+    words = [*SMALL[path.stem], QUICK]
+    if path.stem.startswith("cora"):
+        graph = communities(120)
+        parts = {name: getattr(graph.x, name) for name in ("data", "indices", "indptr", "shape")}
+        np.savez(tmp_path / "g.npz", **parts, edges=graph.edges, labels=graph.y)
+        words = [*SMALL[path.stem], f"graph.path={tmp_path / 'g.npz'}"]
+    ((_, experiment),) = load(path, words)
+    summary = start(experiment, tmp_path / "run").summary
+    assert summary["name"] == path.stem and summary["log"]
+    assert all(summary["accuracy"][who] is not None for who in ("student", "teacher", "alone"))
 
 
 def test_the_page_says_what_was_measured() -> None:
