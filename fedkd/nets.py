@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkd.algorithms.base import Batch
+from fedkd.distill.taps import Taps
 from fedkd.kernels.jobs import run
 from fedkd.kernels.program import Program
 from fedkd.labeller import class_probabilities
@@ -47,6 +48,15 @@ class Net:
         """Return what the model's body gives, flattened to [B, D]."""
         return self._call("body", batch).flatten(1)
 
+    def read(self, batch: Batch | Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return logits [B, C], and what the layers at module paths ``layers`` gave for them [B, ...].
+
+        Raises:
+            ConfigError: there is no such layer; the nearest ones are named.
+        """
+        with Taps(self._module(), layers) as taps:
+            return self._call("forward", batch, whole=True), taps.all()
+
     def head(self, features: Tensor) -> Tensor:
         """Return logits [B, C] from features [B, D]."""
         return self._call("head", features)
@@ -71,14 +81,18 @@ class Net:
         tensors = self._tensors[self._role]
         return {name: tensors[name] for name in self._architectures[self._role].trainable}
 
-    def _call(self, method: str, batch: Batch | Tensor) -> Tensor:
+    def _module(self) -> nn.Module:
+        return self._architectures[self._role].template.inner
+
+    def _call(self, method: str, batch: Batch | Tensor, whole: bool = False) -> Tensor:
+        """``whole``: layer by layer, on all records at once."""
         x = batch.x if isinstance(batch, Batch) else batch
         template = self._architectures[self._role].template
-        program = self._programs.get((self._role, method))
+        program = None if whole else self._programs.get((self._role, method))
         if program is not None and x.shape[1:] == program.shape and (program.trains_alike or not template.training):
             return run(program, x, self._tensors[self._role])
         tensors = {f"inner.{name}": value for name, value in self._tensors[self._role].items()}
-        if self._chunk is None or x.shape[0] <= self._chunk or torch.is_grad_enabled():
+        if whole or self._chunk is None or x.shape[0] <= self._chunk or torch.is_grad_enabled():
             out: Tensor = functional_call(template, tensors, (method, x))
             return out
         parts = [functional_call(template, tensors, (method, part)) for part in x.split(self._chunk)]
@@ -95,7 +109,10 @@ class PredictorNet(Net):
     def __getitem__(self, role: str) -> Net:
         return self
 
-    def _call(self, method: str, batch: Batch | Tensor) -> Tensor:
+    def _module(self) -> nn.Module:
+        raise TypeError("a client with predict_proba has no layers")
+
+    def _call(self, method: str, batch: Batch | Tensor, whole: bool = False) -> Tensor:
         if method != "forward":
             raise TypeError("a client with predict_proba has no features")
         x = batch.x if isinstance(batch, Batch) else batch

@@ -12,8 +12,8 @@ the updates the same way, adds it to the student, and sends it. Where only full 
 Choose an exact codec for messages down: what a lossy one takes from updates adds up on the devices.
 
 Deviations: the update of a round stands for a step's gradient. Losses on hidden states and attention, which belong to the
-paper's transformers, are left out. t is round / ``ramp``. A device that missed a message is sent the whole student, and a
-matrix that is shorter than its factors is sent as it is.
+paper's transformers, are left out; ``terms`` adds such losses of the library's. t is round / ``ramp``. A device that missed
+a message is sent the whole student, and a matrix that is shorter than its factors is sent as it is.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class FedKD(MutualLearning):
     ramp: int = 100  # rounds from T_start to T_end
 
     def __post_init__(self) -> None:
+        MutualLearning.__post_init__(self)
         if not 0 < self.start_energy <= self.end_energy <= 1 or self.ramp < 1:
             raise ValueError("expected 0 < start_energy <= end_energy <= 1 and ramp of at least 1 round")
 
@@ -84,11 +85,11 @@ class FedKD(MutualLearning):
         return replace(state, models={**state.models, "shared": new}, memory=memory)
 
     def private_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
-        teacher, student = net(batch), net["shared"](batch)
+        teacher, student, more = self.both(net, batch, heard)
         errs, err = cross_entropy(teacher, batch.labels), cross_entropy(student, batch.labels)
         apart = kl_divergence(teacher, student.detach().softmax(-1))
         apart = apart + kl_divergence(student, teacher.detach().softmax(-1))
-        return batch.mean(errs + err + apart / (errs + err).detach().clamp(min=1e-6))
+        return batch.mean(errs + err + apart / (errs + err).detach().clamp(min=1e-6)) + more
 
     def answer(self, net: Net, view: View, heard: Heard) -> Payload:
         update = added(net["shared"].weights, own(heard.memory), -1.0)

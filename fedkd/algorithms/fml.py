@@ -56,12 +56,12 @@ class FML(MutualLearning):
         return adopt(state, heard, "shared")
 
     def private_loss(self, net: Net, batch: Batch, heard: Heard) -> Tensor:
-        own, meme = net(batch), net["shared"](batch)
+        own, meme, more = self.both(net, batch, heard)
         private = self.alpha * cross_entropy(own, batch.labels)
         private = private + (1 - self.alpha) * kl_divergence(own, meme.detach().softmax(-1))
         shared = self.beta * cross_entropy(meme, batch.labels)
         shared = shared + (1 - self.beta) * kl_divergence(meme, own.detach().softmax(-1))
-        return batch.mean(private + shared)
+        return batch.mean(private + shared) + more
 
     def answer(self, net: Net, view: View, heard: Heard) -> Payload:
         return Weights.from_tensors(net["shared"].weights)

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedkd.data import DataConfig
 from fedkd.data.config import Source
 from fedkd.distill.loop import Fit
-from fedkd.distill.terms import SigmoidRamp, Term, Warmup, constant
+from fedkd.distill.terms import TermConfig
 from fedkd.errors import ConfigError
 from fedkd.experiment import Section, build, read_points
-from fedkd.losses import LOSSES, Loss
-from fedkd.named import class_named, made
 
 
 class FitConfig(Section):
@@ -38,35 +36,6 @@ class FitConfig(Section):
     def fit(self) -> Fit:
         """The trainer's settings."""
         return Fit(**self.model_dump())
-
-
-class TermConfig(BaseModel):
-    """One addend of the student's loss; keys beside these are the loss's own parameters (`temperature: 4`)."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    loss: str = Field(description=f"One of {', '.join(LOSSES)}, or package.module:Class, a fedkd.losses.Loss.")
-    weight: float | None = Field(None, description="Factor; null is the published one.")
-    student: str | tuple[str, ...] | None = Field(None, description="Layer(s) of the student, such as body.3.")
-    teacher: str | tuple[str, ...] | None = Field(None, description="Layer(s) of the teacher; null: the student's.")
-    adapt: Literal["auto", "none"] = "auto"
-    warmup: int | None = Field(None, ge=1, description="Epochs in which the weight rises linearly.")
-    ramp: int | None = Field(None, ge=1, description="Epochs of the sigmoid ramp-up exp(-5 (1-t/T)^2).")
-
-    @model_validator(mode="after")
-    def _known(self) -> TermConfig:
-        if self.warmup is not None and self.ramp is not None:
-            raise ConfigError(f"term {self.loss}: give warmup or ramp, not both")
-        self.term  # noqa: B018  refuses unknown parameters before any data are read
-        return self
-
-    @property
-    def term(self) -> Term:
-        """The term."""
-        kind: type[Loss] = class_named(self.loss, LOSSES, Loss, "loss", "fedkd.losses")  # type: ignore[type-abstract]
-        loss = made(kind, f"loss {self.loss!r}", self.model_extra or {})
-        schedule = Warmup(self.warmup) if self.warmup else SigmoidRamp(self.ramp) if self.ramp else constant
-        return Term(loss, self.weight, self.student, self.teacher, self.adapt, schedule)
 
 
 class TeacherConfig(Section):

@@ -107,14 +107,10 @@ class Distiller:
         labels = None if data.y is None else data.y[at]
         answers = ask(batch.index, x)
         logits = self.student(x)
+        seen = taps.all()
         found: dict[str, tuple[Tensor, float]] = {}
         for name, term, bound in zip(self._names, self.terms, self._bound, strict=True):
-            if term.loss.reads == "features":
-                own = [taps[p] for p in term.student_paths]
-                told = [answers[p].to(logits.dtype) for p in term.teacher_paths]
-            else:
-                own = [logits]
-                told = [answers["logits"].to(logits.dtype)] if term.loss.reads == "logits" else [logits]
+            own, told = term.sides((logits, seen), (answers.get("logits", logits), answers))
             found[name] = bound(own, told, labels, at), term.factor(batch.epoch)
         return found
 

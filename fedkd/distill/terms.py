@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from fedkd.losses import UNKNOWN, Loss, TrainedLoss
+from fedkd.errors import ConfigError
+from fedkd.losses import LOSSES, UNKNOWN, Loss, TrainedLoss
+from fedkd.named import class_named, made
 
 Schedule = Callable[[int], float]
 """Factor of a term's weight by epoch, from 0."""
 
 Paths = str | Sequence[str] | None
+
+Seen = tuple[Tensor, Mapping[str, Tensor]]
+"""What a model gave for a batch: its logits [B, C], and its layers [B, ...] by path."""
 
 
 def constant(epoch: int) -> float:
@@ -84,16 +90,89 @@ class Term:
         student, teacher = (tuple(f"{path}.{p}" for p in paths) for paths in (self.student_paths, self.teacher_paths))
         return replace(self, student=student or None, teacher=teacher or None)
 
+    def sides(self, student: Seen, teacher: Seen) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what the loss compares of what both models gave, the teacher's in the student's dtype."""
+        logits = student[0]
+        if self.loss.reads == "features":
+            own, told = [student[1][p] for p in self.student_paths], [teacher[1][p] for p in self.teacher_paths]
+        else:
+            own, told = [logits], [teacher[0] if self.loss.reads == "logits" else logits]
+        return own, [t.to(logits.dtype) for t in told]
+
     def factor(self, epoch: int) -> float:
         """Return the weight in ``epoch``."""
         weight = self.loss.published_weight if self.weight is None else self.weight
         return weight * self.schedule(epoch)
 
 
+class TermConfig(BaseModel):
+    """One addend of the student's loss; keys beside these are the loss's own parameters (`temperature: 4`)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    loss: str = Field(description=f"One of {', '.join(LOSSES)}, or package.module:Class, a fedkd.losses.Loss.")
+    weight: float | None = Field(None, description="Factor; null is the published one.")
+    student: str | tuple[str, ...] | None = Field(None, description="Layer(s) of the student, such as body.3.")
+    teacher: str | tuple[str, ...] | None = Field(None, description="Layer(s) of the teacher; null: the student's.")
+    adapt: Literal["auto", "none"] = "auto"
+    warmup: int | None = Field(None, ge=1, description="Epochs in which the weight rises linearly.")
+    ramp: int | None = Field(None, ge=1, description="Epochs of the sigmoid ramp-up exp(-5 (1-t/T)^2).")
+
+    @model_validator(mode="after")
+    def _known(self) -> TermConfig:
+        if self.warmup is not None and self.ramp is not None:
+            raise ConfigError(f"term {self.loss}: give warmup or ramp, not both")
+        self.term  # noqa: B018  refuses unknown parameters before any data are read
+        return self
+
+    @property
+    def term(self) -> Term:
+        """The term."""
+        kind: type[Loss] = class_named(self.loss, LOSSES, Loss, "loss", "fedkd.losses")  # type: ignore[type-abstract]
+        loss = made(kind, f"loss {self.loss!r}", self.model_extra or {})
+        schedule = Warmup(self.warmup) if self.warmup else SigmoidRamp(self.ramp) if self.ramp else constant
+        return Term(loss, self.weight, self.student, self.teacher, self.adapt, schedule)
+
+
 def _paths(value: Paths) -> tuple[str, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def between_nets(
+    terms: Sequence[Term], student: Seen, teacher: Seen, labels: Tensor | None, weight: Tensor, epoch: int
+) -> Tensor:
+    """Return the weighted sum of terms as an addend of a federated method's loss; the teacher takes no gradient.
+
+    Everything is a pure function of tensors, so that it stacks: see :func:`refuse_parts`.
+
+    Args:
+        student, teacher: see :meth:`fedkd.nets.Net.read`.
+        labels: [B]. weight: [B], 0 for padding, as ``Batch.weight``.
+        epoch: where schedules are; a federated method gives the round.
+    """
+    total = student[0].new_zeros([])
+    for term in terms:
+        own, told = term.sides(student, teacher)
+        total = total + term.factor(epoch) * term.loss(own[0], told[0].detach(), labels, weight)
+    return total
+
+
+def refuse_parts(terms: Sequence[Term]) -> None:
+    """Refuse terms that are no pure function of two models.
+
+    Raises:
+        ConfigError: a loss has parts of its own to train, or names no layer or several where it reads one.
+    """
+    for term in terms:
+        if isinstance(term.loss, TrainedLoss):
+            raise ConfigError(
+                f"{term.name} has parts of its own to train, for which a device has no place: use a loss without, such as "
+                "at, sp, rkd_distance or kd"
+            )
+        if term.loss.reads == "features" and not len(term.student_paths) == len(term.teacher_paths) == 1:
+            raise ConfigError(f"{term.name} reads features: name one layer with student=..., such as 'body.3'")
 
 
 class Bound(nn.Module):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkd.algorithms.base import Batch, Heard, Loss
 from fedkd.losses import absolute_error, cross_entropy, soft_cross_entropy
@@ -105,7 +105,10 @@ class _NotedNet(Net):
     def parameters(self) -> dict[str, Tensor]:
         raise _Leak("parameters")
 
-    def _call(self, method: str, batch: Batch | Tensor) -> Tensor:
+    def _module(self) -> nn.Module:
+        raise _Leak("layers")
+
+    def _call(self, method: str, batch: Batch | Tensor, whole: bool = False) -> Tensor:
         x = batch.x if isinstance(batch, Batch) else batch
         if method != "forward" or x is not self._x:
             raise _Leak(method)

@@ -151,7 +151,10 @@ class ModuleNet(Net):
         for module in self._modules.values():
             module.train(training)
 
-    def _call(self, method: str, batch: Batch | Tensor) -> Tensor:
+    def _module(self) -> nn.Module:
+        return self._modules[self._own_role]
+
+    def _call(self, method: str, batch: Batch | Tensor, whole: bool = False) -> Tensor:
         x = batch.x if isinstance(batch, Batch) else batch
         module = self._modules[self._own_role]
         out: Tensor = module(x) if method == "forward" else getattr(module, method)(x)

@@ -1,0 +1,97 @@
+"""Losses on features and relations are terms of a federated method, by the same words as in `fedkd distill`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import CNN, assert_finite, assert_same, play
+
+from fedkd.algorithms.base import Batch
+from fedkd.algorithms.catalogue import build
+from fedkd.distill.terms import Term, between_nets
+from fedkd.errors import ConfigError
+from fedkd.losses import KD, AttentionTransfer, RKDDistance
+from fedkd.models import Architecture
+from fedkd.nets import Net, PredictorNet
+
+TERMS = [
+    {"loss": "at", "weight": 30, "student": "body.2", "warmup": 2},
+    {"loss": "rkd_distance", "weight": 2, "student": "body"},
+    {"loss": "sp", "weight": 20, "student": "body.5", "teacher": "body.2"},
+    {"loss": "kd", "weight": 0.5, "temperature": 2},
+]
+WIDE = "cnn(channels=[4, 6], features=16)"
+
+
+def scene(method: str, terms: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    raw = {"algorithm": {"name": method, "terms": terms}, "models": {"student": CNN, "devices": [WIDE]}, "rounds": 2}
+    return {**raw, **more}
+
+
+@pytest.mark.parametrize("method", ["fml", "fedkd"])
+def test_terms_on_layers_teach_alike_on_both_engines(method: str) -> None:
+    one, many = (play(scene(method, TERMS), kind=kind) for kind in ("serial", "stacked"))
+    assert_same(one, many, 1e-9)
+    assert_finite(one)
+    without = play(scene(method, []), kind="serial")
+    there, gone = (p.progress.state.models["student"][1]["body.0.weight"] for p in (one, without))
+    assert float((there - gone).abs().max()) > 1e-4, "the terms move the student"
+
+
+def net(name: str, seed: int) -> Net:
+    architecture = Architecture(name, (1, 8, 8), 10, torch.float64)
+    architecture.template.eval()
+    weights = {n: t.clone().requires_grad_(t.is_floating_point()) for n, t in architecture.initial(seed).items()}
+    return Net({"model": architecture}, {"model": weights}, chunk=2)
+
+
+def test_a_net_shows_its_layers_and_the_teacher_takes_no_gradient() -> None:
+    student, teacher = net(CNN, 1), net(WIDE, 2)
+    x = torch.rand(5, 1, 8, 8, dtype=torch.float64)
+    weight = torch.tensor([0.25] * 4 + [0.0], dtype=torch.float64)
+    batch = Batch(x=x, y=torch.arange(5), index=torch.arange(5), weight=weight)
+    own, told = student.read(batch, ["body.2", "body"]), teacher.read(batch, ["body.2", "body"])
+    with torch.no_grad():
+        assert torch.equal(own[0], student(x)) or torch.allclose(own[0], student(x))
+    assert set(own[1]) == {"body.2", "body"} and own[1]["body.2"].shape[:2] == (5, 3)
+    terms = [
+        Term(AttentionTransfer(), 2.0, student="body.2"),
+        Term(RKDDistance(), 3.0, student="body"),
+        Term(KD(temperature=2), 0.5),
+    ]
+    value = between_nets(terms, own, told, batch.y, weight, 0)
+    # The same by the losses themselves, on the records that count.
+    part = [t[:4] for t in (own[1]["body.2"], told[1]["body.2"], own[1]["body"], told[1]["body"], own[0], told[0])]
+    wanted = 2 * AttentionTransfer()(part[0], part[1]) + 3 * RKDDistance()(part[2], part[3])
+    wanted = wanted + 0.5 * KD(temperature=2)(part[4], part[5])
+    assert float(value.detach()) == pytest.approx(float(wanted.detach()), rel=1e-10)
+    value.backward()
+    assert student.weights["body.0.weight"].grad is not None
+    assert teacher.weights["body.0.weight"].grad is None, "the teacher is not moved"
+    with pytest.raises(ConfigError, match=r"no layer 'body.22'.*body\.2"):
+        student.read(batch, ["body.22"])
+    with pytest.raises(TypeError, match="no layers"):
+        PredictorNet(object(), 10, torch.float64).read(batch, ["body"])
+
+
+@pytest.mark.parametrize(
+    ("terms", "told"),
+    [
+        ([{"loss": "att"}], "Did you mean 'at'"),
+        ([{"loss": "at"}], "name one layer"),
+        ([{"loss": "at", "student": ["body.0", "body.2"]}], "name one layer"),
+        ([{"loss": "crd", "student": "body"}], "parts of its own to train"),
+        ([{"loss": "at", "student": "body.2", "wait": 1}], "no parameter 'wait'"),
+    ],
+)
+def test_wrong_terms_are_refused_when_read(terms: list[dict[str, Any]], told: str) -> None:
+    for method in ("fml", "fedkd"):
+        with pytest.raises(ConfigError, match=told):
+            build({"name": method, "terms": terms})
+
+
+def test_a_layer_that_devices_lack_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"no layer 'body.22'"):
+        play(scene("fml", [{"loss": "at", "student": "body.2", "teacher": "body.22"}]), kind="serial")
