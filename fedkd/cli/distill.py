@@ -42,6 +42,7 @@ def distill(
     from fedkd.cli.main import err, out, split
     from fedkd.distill import run
     from fedkd.distill.config import load
+    from fedkd.errors import ConfigError
     from fedkd.simulate import fresh_folder, last_folder
 
     def watch(stage: str, epoch: Epoch, epochs: int) -> None:
@@ -55,6 +56,8 @@ def distill(
             folder = given[0]
             tell(run.resume(folder, watch).summary, folder)
             return
+        if resume and len(given) == 1 and "=" not in str(given[0]) and given[0].suffix not in (".yaml", ".yml"):
+            raise ConfigError(f"{given[0]} holds no run: expected a folder with a {run.CONFIG} in it")
         path, overrides = split(words)
         if assistants is not None:
             names = [n.strip() for n in assistants.split(";")]

@@ -41,14 +41,14 @@ def locate(path: Path | None, source: str) -> Path:
     return cache_folder(source)
 
 
-def required(path: Path | None, source: str) -> Path:
-    """Like `locate`, but raises DataError where nothing is there."""
+def required(path: Path | None, source: str, key: str = "data.path") -> Path:
+    """Like `locate`, but raises DataError where nothing is there; `key` is the setting that says where to look."""
     found = locate(path, source)
     if not found.exists():
+        fixed = path is not None and path.is_absolute()
         raise DataError(
-            f"source `{source}` needs {found}, which does not exist: correct data.path, or set FEDKD_DATA to "
-            "the "
-            f"folder that holds `{source}`"
+            f"source `{source}` needs {found}, which does not exist: correct {key}"
+            + ("" if fixed else f", or set FEDKD_DATA to the folder that holds {path or f'`{source}`'}")
         )
     return found
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from fedkd.distill.cache import AnswerCache
 from fedkd.distill.loop import FEED, Batch, Epoch, Fit, Loop, Records, still
 from fedkd.distill.taps import Taps
-from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, Teacher
+from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, Teacher, scores
 from fedkd.distill.terms import Bound, Term
 from fedkd.errors import ConfigError
+from fedkd.losses import UNKNOWN
 from fedkd.seeding import key
 
 
@@ -87,7 +88,7 @@ class Distiller:
         data = x if isinstance(x, Records) else Records.of(x, y)
         if data.size < 2:
             raise ConfigError(f"{data.size} records are too few to learn from")
-        self._bind(data)
+        self.ready(data)
         assert self._bound is not None
         ask = self._asker(data)
         with Taps(self.student, [p for t in self.terms for p in t.student_paths]) as taps:
@@ -110,7 +111,7 @@ class Distiller:
         seen = taps.all()
         found: dict[str, tuple[Tensor, float]] = {}
         for name, term, bound in zip(self._names, self.terms, self._bound, strict=True):
-            own, told = term.sides((logits, seen), (answers.get("logits", logits), answers))
+            own, told = term.sides((logits, seen), (answers.get("", logits), answers))
             found[name] = bound(own, told, labels, at), term.factor(batch.epoch)
         return found
 
@@ -127,7 +128,8 @@ class Distiller:
 
         def now(x: Tensor) -> dict[str, Tensor]:
             logits, features = teacher.read(x, paths)
-            return {"logits": logits, **features}
+            # No layer is named by nothing: it is the place of the model's own answer.
+            return {"": logits, **features}
 
         if self._cache_folder is None or data.identity is None:
             return lambda index, x: now(x)
@@ -140,8 +142,12 @@ class Distiller:
         cache = AnswerCache(self._cache_folder, identity, data.size, missing)
         return lambda index, x: cache[index]
 
-    def _bind(self, data: Records) -> None:
-        """Look at one batch to learn the shapes, and make adapters."""
+    def ready(self, data: Records) -> None:
+        """Look at two records to learn the shapes, make adapters, and try the terms.
+
+        Raises:
+            ConfigError: a layer is unknown, or a term does not fit student, teacher and data.
+        """
         if self._bound is not None:
             return
         x = data.x(np.arange(min(2, data.size)))
@@ -155,27 +161,52 @@ class Distiller:
             if term.loss.supervised and data.y is None:
                 raise ConfigError(f"{term.name} needs true labels, and the data have none: leave the term out")
         with still(self.student), Taps(self.student, paths) as taps, torch.no_grad():
-            logits = self.student(x)
+            logits = scores(self.student(x), "student")
             seen = taps.all()
+        if not any(p.requires_grad for p in self.student.parameters()):
+            raise ConfigError("the student has no weight that takes a gradient: nothing of it can be trained")
+        labels = self._labels(data, logits.shape[1])
         answers: dict[str, Tensor] = {}
         if self.teacher is not None:
             told, answers = self.teacher.read(x, self._teacher_paths)
+            answers = {"": told, **answers}
             if told.shape != logits.shape:
                 raise ConfigError(
                     f"the student gives class scores {list(logits.shape)}, the teacher {list(told.shape)}: they need the "
                     "same classes"
                 )
-        bound = []
+        bound: list[Bound] = []
+        pair = logits, seen
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(self.seed, "adapters"))
             for term in self.terms:
-                own = [seen[p] for p in term.student_paths]
-                told_features = [answers[p] for p in term.teacher_paths] if term.loss.reads == "features" else []
+                own, there = term.sides(pair, (answers.get("", logits), answers))
                 try:
-                    bound.append(Bound(term, own, told_features, data.size, logits.shape[1]))
+                    made = Bound(term, own, there, data.size, logits.shape[1]).to(logits.dtype)
+                    if made.trained is None:
+                        # Tried on two records, so that what does not fit is told before an epoch is spent.
+                        with still(made), torch.no_grad():
+                            made(own, there, labels, torch.arange(2))
                 except ValueError as cause:
-                    raise ConfigError(f"{term.name}: {cause}") from cause
-        self._bound = nn.ModuleList(bound).to(logits.dtype)
+                    raise ConfigError(f"term {term.name}: {cause}") from cause
+                bound.append(made)
+        self._bound = nn.ModuleList(bound)
+
+    def _labels(self, data: Records, classes: int) -> Tensor | None:
+        """Return the labels of the first two records, once all are found to be labels of these classes."""
+        if data.y is None:
+            return None
+        if len(data.y) != data.size:
+            raise ConfigError(f"{data.size} records have {len(data.y)} labels: give one for each")
+        if data.y.dim() == 1 and any(t.loss.supervised for t in self.terms):
+            if data.y.is_floating_point():
+                raise ConfigError(f"labels are {data.y.dtype}: expected whole numbers (int64)")
+            low, high = int(data.y.min()), int(data.y.max())
+            if low < UNKNOWN or high >= classes:
+                raise ConfigError(
+                    f"labels go from {low} to {high}, the student knows classes 0 to {classes - 1} ({UNKNOWN}: no label)"
+                )
+        return data.y[:2].clamp(min=0) if data.y.dim() == 1 else data.y[:2]
 
 
 def _teacher(
@@ -185,8 +216,10 @@ def _teacher(
         return given
     if isinstance(given, nn.Module):
         return ModuleTeacher(given, classes or 0)
-    members = [(t if isinstance(t, Teacher) else ModuleTeacher(t, classes or 0), w) for t, w in given]
-    return EnsembleTeacher(members)
+    pairs = [pair for pair in given if isinstance(pair, tuple) and len(pair) == 2]
+    if len(pairs) != len(given):
+        raise ConfigError("several teachers are given as pairs with weights: [(teacher, 1.0), (other, 2.0)]")
+    return EnsembleTeacher([(t if isinstance(t, Teacher) else ModuleTeacher(t, classes or 0), w) for t, w in pairs])
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -178,6 +178,35 @@ class _Work:
             self.train = None
         # Built before anything is trained, so that a wrong name costs nothing.
         self.student = self._model(self.task, experiment.student, "student")
+        self._try()
+
+    def _try(self) -> None:
+        """Refuse terms that do not fit student, teachers and data, before a teacher is trained for them."""
+        experiment = self.experiment
+        special = experiment.method or experiment.online or experiment.exemplars or experiment.assistants
+        if special or self.train is None or any(t.path or t.url or t.model is None for t in experiment.teacher):
+            return
+        fresh = [self._model(self.teaching, t.model, "tried") for t in experiment.teacher if t.model is not None]
+        found: list[Teacher] = [ModuleTeacher(m, self.teaching.classes, self.teaching.shape) for m in fresh]
+        if self.pairs is not None:
+            found = [self._side(t, self.pairs) for t in found]
+        seen = self.train if self.pairs is None else self.pairs.records
+        self._distiller(self._as_one(found), None).ready(seen)
+
+    def _as_one(self, teachers: Sequence[Teacher]) -> Teacher:
+        """Return the teachers as one."""
+        weights = [config.weight for config in self.experiment.teacher]
+        members = list(zip(teachers, weights, strict=True))
+        return teachers[0] if len(teachers) == 1 else EnsembleTeacher(members, self.experiment.mix)
+
+    def _distiller(self, teacher: Teacher, cache: Path | None) -> Distiller:
+        """Return what teaches the student by the experiment's terms."""
+        experiment, terms = self.experiment, [t.term for t in self.experiment.chosen]
+        if self.pairs is not None:
+            terms = [t.below("inner") for t in terms]
+        return Distiller(
+            self._seeing(self.student), teacher, terms, fit=experiment.training.fit, seed=experiment.seed, cache=cache
+        )
 
     def _labelled(self) -> None:
         experiment = self.experiment
@@ -242,12 +271,10 @@ class _Work:
         if experiment.online is not None:
             return self._mutual(experiment.online)
         teachers = [self._teacher(i, config) for i, config in enumerate(experiment.teacher)]
-        members = [(t, c.weight) for t, c in zip(teachers, experiment.teacher, strict=True)]
-        teacher: Teacher = teachers[0] if len(teachers) == 1 else EnsembleTeacher(members, experiment.mix)
+        teacher = self._as_one(teachers)
         measured = self.teaching.score(teacher), self._by_class(teacher, self.teaching)
         if self.pairs is not None:
-            members = [(self._side(t, self.pairs), w) for t, w in members]
-            teacher = members[0][0] if len(members) == 1 else EnsembleTeacher(members, experiment.mix)
+            teacher = self._as_one([self._side(t, self.pairs) for t in teachers])
         if experiment.exemplars is not None:
             seen, log, beside = self._extend(teacher, experiment.exemplars)
         else:
@@ -334,12 +361,8 @@ class _Work:
             helpers.append(
                 {"model": name, "parameters": _teacher_size([teacher]), "accuracy": self.task.score(teacher)}
             )
-        terms, seen = [t.term for t in experiment.chosen], self.train
-        if self.pairs is not None:
-            terms, seen = [t.below("inner") for t in terms], self.pairs.records
-        distiller = Distiller(
-            self._seeing(self.student), teacher, terms, fit=experiment.training.fit, seed=experiment.seed, cache=cache
-        )
+        seen = self.train if self.pairs is None else self.pairs.records
+        distiller = self._distiller(teacher, cache)
         self._fit(distiller, seen, "student", experiment.training)
         return seen, distiller.log, {"assistants": helpers}
 

@@ -56,13 +56,19 @@ class Taps:
         """Return what the module at ``path`` gave last.
 
         Raises:
-            KeyError: it was not called since the taps were opened.
+            ConfigError: it was not called since the taps were opened.
         """
+        if path not in self._seen:
+            raise ConfigError(f"layer {path!r} is not called in a forward pass of the model: tap one that is")
         return self._seen[path]
 
     def all(self) -> dict[str, Tensor]:
-        """Return every tapped tensor by path."""
-        return dict(self._seen)
+        """Return every tapped tensor by path.
+
+        Raises:
+            ConfigError: a module was not called since the taps were opened.
+        """
+        return {path: self[path] for path in self.paths}
 
     def _hook(self, path: str) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:

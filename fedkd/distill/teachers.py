@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedkd.distill.loop import still
 from fedkd.distill.taps import Taps
 from fedkd.errors import ConfigError
 from fedkd.labeller import FLOOR, OnnxPredictor, class_probabilities
@@ -56,17 +57,17 @@ class Teacher(ABC):
         """
         if paths:
             raise ConfigError(
-                f"a {type(self).__name__} only answers, so that its layers ({', '.join(paths)}) cannot be read: use "
-                "losses on the response, such as kd"
+                f"layers ({', '.join(paths)}) can be read of one torch model alone, and the teacher is of the kind "
+                f"{type(self).__name__}: use losses on the response, such as kd"
             )
         return self.logits(x), {}
 
 
 class ModuleTeacher(Teacher):
-    """A torch model; it stays in evaluation mode and takes no gradient."""
+    """A torch model; it answers in evaluation mode without gradient, and stays as it is."""
 
     def __init__(self, module: nn.Module, classes: int, shape: tuple[int, ...] | None = None) -> None:
-        self.module = module.eval().requires_grad_(False)
+        self.module = module
         self.classes, self.shape = classes, shape
         digest = hashlib.sha256()
         for name, tensor in module.state_dict().items():
@@ -76,14 +77,25 @@ class ModuleTeacher(Teacher):
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        out: Tensor = self.module(x)
-        return out
+        return self.read(x, ())[0]
 
     @torch.no_grad()
     def read(self, x: Tensor, paths: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        with Taps(self.module, paths) as taps:
-            logits = self.module(x)
-            return logits, taps.all()
+        with still(self.module), Taps(self.module, paths) as taps:
+            return scores(self.module(x), "teacher"), taps.all()
+
+
+def scores(found: object, who: str) -> Tensor:
+    """Return what a model gave, if it is one tensor.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(found, Tensor):
+        raise ConfigError(
+            f"the {who} gives a {type(found).__name__}: expected one tensor of class scores; wrap it in one that picks it"
+        )
+    return found
 
 
 class OnnxTeacher(Teacher):

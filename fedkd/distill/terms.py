@@ -60,6 +60,8 @@ class Term:
         adapt: ``auto`` maps the student's features to the teacher's shape by a layer that is trained along, where the
             loss needs one shape and they differ; ``none`` never does.
         schedule: factor of the weight by epoch.
+    Raises:
+        ConfigError: it names no loss, no number for a weight, or layers for a loss that reads none.
     """
 
     loss: Loss
@@ -68,6 +70,17 @@ class Term:
     teacher: Paths = None
     adapt: Literal["auto", "none"] = "auto"
     schedule: Schedule = field(default=constant)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.loss, Loss):
+            said = self.loss.__name__ if isinstance(self.loss, type) else type(self.loss).__name__
+            raise ConfigError(f"a term's loss is {said}: expected a loss that was made, such as KD(temperature=4)")
+        if self.weight is not None and not math.isfinite(self.weight):
+            raise ConfigError(f"{self.name} has the weight {self.weight}: expected a number")
+        if self.loss.reads != "features" and (self.student is not None or self.teacher is not None):
+            raise ConfigError(
+                f"{type(self.loss).__name__} compares {self.loss.reads}, not layers: leave student and teacher out of it"
+            )
 
     @property
     def name(self) -> str:
@@ -88,7 +101,7 @@ class Term:
     def below(self, path: str) -> Term:
         """Return the term for models that were put below ``path`` of others."""
         student, teacher = (tuple(f"{path}.{p}" for p in paths) for paths in (self.student_paths, self.teacher_paths))
-        return replace(self, student=student or None, teacher=teacher or None)
+        return replace(self, student=student, teacher=teacher) if self.loss.reads == "features" else self
 
     def sides(self, student: Seen, teacher: Seen) -> tuple[list[Tensor], list[Tensor]]:
         """Return what the loss compares of what both models gave, the teacher's in the student's dtype."""

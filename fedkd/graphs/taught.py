@@ -82,7 +82,7 @@ def teaching(work: GraphWork, student: str, teacher: str, seed: int, alone: bool
         raise ConfigError(f"graph.positions and graph.terms belong to task nodes; {work.task} has its weights in learn")
     kind, above = _model(teacher, ("sage", "gcn"))
     _, below = _model(student, ("mlp",))
-    graph = read_graph(required(work.path, "graph"), work.name)
+    graph = read_graph(required(work.path, "graph", "graph.path"), work.name)
     graph = graph if work.whole else graph.largest_component()
     ready = {"nodes": _nodes, "links": _links, "clusters": _clusters}[work.task]
     return ready(work, graph, kind, above, below, seed, alone)

@@ -177,7 +177,8 @@ class CompositionalContrast(TrainedLoss):
     ) -> nn.Module:
         if len(student) != 2 or len(teacher) != 2:
             raise ValueError(
-                f"CompositionalContrast takes features and logits of both models, got {len(student)} and {len(teacher)} taps"
+                f"CompositionalContrast takes features and logits of both models, got {len(student)} and {len(teacher)}: "
+                "name both layers, such as student=('body', 'head')"
             )
         return _Composition(self, math.prod(student[0][1:]), math.prod(teacher[0][1:]), classes)
 

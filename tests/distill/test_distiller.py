@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from fedkd.distill.loop import Batch, Best, Epoch, Loop, logged
 from fedkd.errors import ConfigError
 from fedkd.losses import (
     CRD,
+    DKD,
     KD,
     AttentionTransfer,
     CrossEntropy,
@@ -151,7 +153,7 @@ def test_mistakes_are_told_before_training(teacher: nn.Module) -> None:
     assert "pair by pair" in told([Term(ReviewKD(), student=("body.0", "body.3"), teacher="body")])
     assert "maps" in told([Term(ReviewKD(), student="head", teacher="head")])
     sk = PredictorTeacher(LogisticRegression(max_iter=50).fit(x[:300].flatten(1), y[:300]), 10, "sk")
-    assert "only answers" in told([Term(FitNet(), student="body.0", teacher="body.0")], by=sk)
+    assert "of one torch model alone" in told([Term(FitNet(), student="body.0", teacher="body.0")], by=sk)
 
 
 # ---- teachers -------------------------------------------------------------------------------------------------------
@@ -311,3 +313,57 @@ def test_early_stopping_survives_an_interruption(tmp_path: Path, monkeypatch: py
     kept = [run(tmp_path / f"whole {later}", None, later)[0].state_dict()["head.weight"] for later in (False, True)]
     assert not torch.equal(*kept)
     assert [e.score for e in logged(tmp_path / "whole True")] == scores[:6]
+
+
+def test_what_cannot_work_is_told_in_one_sentence(teacher: nn.Module) -> None:
+    x, y = digits()
+    x, y = x[:40], y[:40]
+    two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.idle = model("cnn", 1), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            return self.inner(x), 1
+
+    class Idle(Pair):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            out: Tensor = self.inner(x)
+            return out
+
+    kd = [Term(KD())]
+    cases: list[tuple[str, Any, Any, Any, Tensor | None]] = [
+        ("DKD needs at least three classes", two[0], two[1], [Term(DKD())], y % 2),
+        ("compares element by element", model("cnn", 1), model("cnn(channels=[8])", 2),
+         [Term(FitNet(), student="body.0", adapt="none")], None),
+        ("expected a loss that was made", model("cnn", 1), teacher, lambda: [Term(KD, 1.0)], None),  # type: ignore[arg-type]
+        ("expected a number", model("cnn", 1), teacher, lambda: [Term(KD(), float("nan"))], None),
+        ("not layers", model("cnn", 1), teacher, lambda: [Term(KD(), student="body")], None),
+        ("pairs with weights", model("cnn", 1), [teacher, teacher], kd, None),
+        ("gives a tuple", Pair(), teacher, kd, None),
+        ("'idle' is not called", Idle(), teacher, [Term(SimilarityPreserving(), student="idle", teacher="body")], None),
+        ("no weight that takes a gradient", model("cnn", 1).requires_grad_(False), teacher, kd, None),
+        ("40 records have 3 labels", model("cnn", 1), None, [Term(CrossEntropy())], y[:3]),
+        ("expected whole numbers", model("cnn", 1), None, [Term(CrossEntropy())], y.float()),
+        ("labels go from", model("cnn", 1), None, [Term(CrossEntropy())], y + 5),
+        ("DKD needs true labels", model("cnn", 1), teacher, [Term(DKD())], None),
+    ]  # fmt: skip
+    for told, student, taught_by, terms, labels in cases:
+        with pytest.raises(ConfigError, match=told):
+            Distiller(student, taught_by, terms() if callable(terms) else terms).fit(x, labels, epochs=1)
+
+
+def test_a_teacher_stays_as_it_is() -> None:
+    x, _ = digits()
+    net = model("cnn", 1).train()
+    net.body.requires_grad_(False)
+    before = {n: (p.requires_grad, p.clone()) for n, p in net.named_parameters()}
+    buffers = {n: b.clone() for n, b in net.named_buffers()}
+    Distiller(model("cnn", 2), net, [Term(KD()), Term(FitNet(), student="body.0")]).fit(x[:80], epochs=1)
+    assert net.training and all(m.training for m in net.modules())
+    for name, parameter in net.named_parameters():
+        assert parameter.requires_grad == before[name][0] and torch.equal(parameter, before[name][1])
+        assert parameter.grad is None
+    assert all(torch.equal(b, buffers[n]) for n, b in net.named_buffers()), "it answers in evaluation mode"

@@ -17,7 +17,7 @@ from fedkd.distill.config import load
 from fedkd.distill.loop import Epoch
 from fedkd.distill.run import resume, start
 from fedkd.distill.teachers import load_teacher
-from fedkd.errors import ConfigError
+from fedkd.errors import ConfigError, DataError
 from fedkd.losses import KD
 from fedkd.report.distill import render
 
@@ -286,3 +286,24 @@ def test_a_loss_of_ones_own_is_a_term() -> None:
     ((_, experiment),) = load(None, ["terms=[{loss: 'fedkd.losses.response:KD', temperature: 2, weight: 3}]"])
     (term,) = (t.term for t in experiment.terms)
     assert term.loss == KD(temperature=2) and term.factor(0) == 3
+
+
+def test_terms_are_tried_before_a_teacher_is_trained(tmp_path: Path) -> None:
+    for words, told in (
+        (["terms=[{loss: at, student: body.11}]", "student=cnn", "teacher=cnn"], "no layer 'body.11'"),
+        (["terms=[{loss: dkd}]", "data=breast_cancer", "student=logreg", "teacher=mlp"], "three classes"),
+        (
+            ["terms=[{loss: sp, student: body}]", "student=mlp", "teacher=[{model: mlp}, {model: mlp}]"],
+            "one torch model",
+        ),
+        (["partner=digits", "terms=[{loss: ccl, student: body}]", "student=mlp", "teacher=mlp"], "name both layers"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            start(load(None, words)[0][1], tmp_path / "run", lambda stage, epoch, epochs: pytest.fail("trained"))
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="compares logits, not layers"):
+        load(None, ["terms=[{loss: kd, student: body}]"])
+    nothing = CliRunner().invoke(app, ["distill", "--resume", str(tmp_path / "nothing")])
+    assert isinstance(nothing.exception, ConfigError) and "holds no run" in str(nothing.exception)
+    with pytest.raises(DataError, match=r"correct graph\.path"):
+        start(load(None, ["graph.path=lost.npz"])[0][1], tmp_path / "run")

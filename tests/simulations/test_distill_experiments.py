@@ -33,6 +33,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
         "graphs links",
         "graphs clusters",
         "grid",
+        "dkd",
         "online",
         "teacher_size",
         "exemplars",
