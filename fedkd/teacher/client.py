@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
+import re
 import sqlite3
 import threading
 import time
@@ -25,7 +27,15 @@ from fedkd.teacher.accounts import content_hashes
 from fedkd.teacher.service import SERVICE
 
 TRIES, FIRST_WAIT_SECONDS, CALL_SECONDS = 6, 0.2, 120.0
-PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.ABORTED)
+# A service that asks for more patience than this is not believed.
+LONGEST_WAIT_SECONDS = 3600.0
+PASSING = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.CANCELLED,
+)
+CROWDED = re.compile(r"try again in (\d{1,9}(?:\.\d{1,3})?) s|Concurrent RPC limit exceeded")
 
 
 class RemoteError(FedkdError):
@@ -60,11 +70,20 @@ class RemoteTeacher(Teacher):
         said = self._retry(lambda: self._describe(pb.DescribeRequest(), metadata=self._metadata, timeout=10))
         self.shape = tuple(int(s) for s in said.shape)
         self.classes, self.identity = int(said.classes), str(said.identity)
-        self.answers = str(said.answers)
+        self.answers = _plain(str(said.answers))
         self.queries_left = int(said.queries_left) if said.HasField("queries_left") else None
         self.epsilon = float(said.epsilon) if said.HasField("epsilon") else None
-        if not 2 <= self.classes <= 100_000 or not all(1 <= s <= 1 << 20 for s in self.shape):
-            raise RemoteError(f"{self._url} speaks of shape {self.shape} and {self.classes} classes: that cannot be")
+        if not (
+            2 <= self.classes <= 100_000
+            and 1 <= len(self.shape) <= 8
+            and all(s >= 1 for s in self.shape)
+            and math.prod(self.shape) <= 1 << 26
+            and int(said.max_batch) >= 1
+        ):
+            raise RemoteError(
+                f"{self._url} speaks of inputs {list(self.shape[:8])}, {self.classes} classes and questions of "
+                f"{int(said.max_batch)} inputs: no teacher can be so"
+            )
         self._batch = min(batch, int(said.max_batch))
         self.asked = 0
         if cache is not None:
@@ -136,16 +155,21 @@ class RemoteTeacher(Teacher):
         # One deadline for a stream of any length would be wrong: it grows with what is asked.
         timeout = CALL_SECONDS + 0.5 * len(rows) / self._batch
         stream = itertools.chain([first], questions)
-        for wanted, reply in enumerate(self._answer(stream, metadata=self._metadata, timeout=timeout)):
-            if not sent or reply.id != wanted:
-                raise RemoteError(f"{self._url} answered question {reply.id}, expected {wanted}")
-            part = sent.popleft()
-            if len(reply.probabilities) != 4 * len(part) * self.classes:
-                raise RemoteError(f"{self._url} sent {len(reply.probabilities)} bytes for {len(part)} answers")
-            found = np.frombuffer(reply.probabilities, "<f4").reshape(len(part), self.classes)
-            if not bool((found >= 0).all()) or not np.allclose(found.sum(1), 1, atol=1e-3):
-                raise RemoteError(f"{self._url} sent rows that are no probabilities")
-            yield part, found
+        call = self._answer(stream, metadata=self._metadata, timeout=timeout)
+        try:
+            for wanted, reply in enumerate(call):
+                if not sent or reply.id != wanted:
+                    raise RemoteError(f"{self._url} answered question {reply.id}, expected {wanted}")
+                part = sent.popleft()
+                if len(reply.probabilities) != 4 * len(part) * self.classes:
+                    raise RemoteError(f"{self._url} sent {len(reply.probabilities)} bytes for {len(part)} answers")
+                found = np.frombuffer(reply.probabilities, "<f4").reshape(len(part), self.classes)
+                if not bool((found >= 0).all()) or not np.allclose(found.sum(1), 1, atol=1e-3):
+                    raise RemoteError(f"{self._url} sent rows that are no probabilities")
+                yield part, found
+        finally:
+            # A service that never ends its answers must not be listened to further.
+            call.cancel()
         if sent:
             raise RemoteError(f"{self._url} ended its answers {sum(map(len, sent))} inputs early")
 
@@ -177,11 +201,16 @@ class RemoteTeacher(Teacher):
                 yield pb.Question(id=next(numbers), count=len(chosen), inputs=inputs)
 
     def _wait_or_give_up(self, cause: grpc.RpcError, tries: int) -> None:
-        code, details = cause.code(), " ".join(str(cause.details()).split())[:300]
-        slow_down = code == grpc.StatusCode.RESOURCE_EXHAUSTED and "try again in" in details
-        if not (code in PASSING or slow_down) or tries >= TRIES:
-            raise RemoteError(f"{self._url}: {code.name.lower().replace('_', ' ')}: {details}") from cause
-        time.sleep(FIRST_WAIT_SECONDS * 2**tries)
+        code, details = cause.code(), _plain(str(cause.details()))
+        crowded = CROWDED.search(details) if code == grpc.StatusCode.RESOURCE_EXHAUSTED else None
+        if not (code in PASSING or crowded) or tries >= TRIES:
+            hint = "; is it served there, over TLS, and with a certificate of the authority named by ?ca= ?"
+            why = details + (hint if code == grpc.StatusCode.UNAVAILABLE else "")
+            raise RemoteError(f"{self._url}: {code.name.lower().replace('_', ' ')}: {why}") from cause
+        told = float(crowded[1]) if crowded is not None and crowded[1] is not None else 0.0
+        if told > LONGEST_WAIT_SECONDS:
+            raise RemoteError(f"{self._url}: {details}: too long to wait for; ask in smaller batches") from cause
+        time.sleep(max(told, FIRST_WAIT_SECONDS * 2**tries))
 
     def _retry(self, call: Callable[[], Any]) -> Any:
         for tries in range(1, TRIES + 1):
@@ -207,6 +236,11 @@ class RemoteTeacher(Teacher):
             self._db.execute("BEGIN")
             self._db.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", rows)
             self._db.execute("COMMIT")
+
+
+def _plain(text: str) -> str:
+    """Return what a service says as one line of at most 300 signs that a terminal shows and does not obey."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split())[:300])
 
 
 def _connect(url: str) -> tuple[grpc.Channel, list[tuple[str, str]]]:

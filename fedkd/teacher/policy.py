@@ -84,7 +84,15 @@ class Policy(Section):
     answers: AnswersConfig = AnswersConfig()
     max_batch: int = Field(1024, ge=1, le=65536, description="Inputs per question.")
     max_message_bytes: int = Field(16 * MIB, ge=1024, le=256 * MIB)
-    streams: int = Field(8, ge=1, le=256, description="Callers that are served at the same time.")
+    streams: int = Field(
+        8,
+        ge=1,
+        le=256,
+        description="Streams that are served at the same time; of one caller among several, half of them.",
+    )
+    patience_seconds: float = Field(
+        60.0, gt=0, description="A stream that asks nothing or takes no answers for so long is ended."
+    )
     state: Path = Field(Path("state"), description="Folder of the accounts, relative to the policy.")
     reflection: bool = Field(False, description="Let anybody list the service's methods.")
 

@@ -24,9 +24,12 @@ from fedkd.teacher import teacher_pb2 as pb
 from fedkd.teacher.accounts import Accounts, Answered, OverBudget, content_hashes
 from fedkd.teacher.answers import Answers
 from fedkd.teacher.policy import CallerConfig, Policy, token_hash
+from fedkd.teacher.streams import STRANGERS, Busy, Guarded, Streams
 
 SERVICE = "fedkd.teacher.v1.Teacher"
 INPUT_CAP = 1e6
+# Of strangers: streams at once, and seconds in which the one message of each must be there.
+STRANGERS_MOST, STRANGERS_SECONDS = 8, 2.0
 log = logging.getLogger("fedkd.teacher")
 
 
@@ -47,18 +50,30 @@ class TeacherService:
         self.accounts = Accounts(policy.state)
         self._answers = Answers(teacher, policy.answers, policy.state)
         size = policy.max_message_bytes
+        # Half of the streams for one caller, so that two must join to keep a third one waiting.
+        each = policy.streams if len(policy.callers) == 1 else max(1, policy.streams // 2)
+        self._streams = Streams(policy.streams, each, policy.patience_seconds, _stood)
+        self._strangers = Streams(STRANGERS_MOST, STRANGERS_MOST, STRANGERS_SECONDS, _stood)
+        # Threads beyond those that streams can hold: to refuse, and to describe, without waiting in line.
+        threads = policy.streams + STRANGERS_MOST + 8
         self._server = grpc.server(
-            ThreadPoolExecutor(policy.streams, thread_name_prefix="teacher"),
-            maximum_concurrent_rpcs=policy.streams * 2,
+            ThreadPoolExecutor(threads, thread_name_prefix="teacher"),
+            interceptors=[Guarded(self._strangers, SERVICE)],
+            maximum_concurrent_rpcs=threads + 256,
             options=[
                 ("grpc.max_receive_message_length", size),
                 ("grpc.max_send_message_length", size),
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_metadata_size", 8192),
+                ("grpc.max_concurrent_streams", 64),
+                ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
             ],
         )
         handlers = {
-            "Describe": grpc.unary_unary_rpc_method_handler(
+            # A stream whose messages are never waited for: who calls must be known, and nothing else.
+            "Describe": grpc.stream_unary_rpc_method_handler(
                 self._describe, pb.DescribeRequest.FromString, pb.Description.SerializeToString
             ),
             "Answer": grpc.stream_stream_rpc_method_handler(
@@ -84,6 +99,8 @@ class TeacherService:
         self._health.enter_graceful_shutdown()
         # Bounded: a call that a stranger left half-open must not hold the end up.
         self._server.stop(grace=1).wait(timeout=5)
+        for streams in (self._streams, self._strangers):
+            streams.end()
         self.accounts.close()
 
     def wait(self) -> None:
@@ -105,7 +122,7 @@ class TeacherService:
         return port
 
     # ---- calls ------------------------------------------------------------------------------------------------------
-    def _describe(self, request: Any, context: Any) -> Any:
+    def _describe(self, requests: Iterator[Any], context: Any) -> Any:
         caller = self._caller(context)
         left = None if caller.queries is None else max(0, caller.queries - self.accounts.spent(caller.name))
         return pb.Description(
@@ -127,17 +144,25 @@ class TeacherService:
     def _answer(self, questions: Iterator[Any], context: Any) -> Iterator[Any]:
         """Answer in order. Three questions are at work at once: one is checked, one made, and one written and sent."""
         caller = self._caller(context)
-        for made in _ahead(self._made(caller, questions)):
-            if isinstance(made, _Refusal):
-                context.abort(made.code, made.why)
-            question, asked, answered = made
-            try:
-                found = answered.release()
-            except OverBudget as cause:
-                refusal = _over_budget(caller, asked, cause)
-                context.abort(refusal.code, refusal.why)
-            _log("answered", caller.name, asked=asked, charged=answered.charged)
-            yield pb.Reply(id=question, probabilities=found.tobytes())
+        try:
+            stream = self._streams.open(caller.name, context)
+        except Busy as cause:
+            _log("refused", caller.name, reason="streams")
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(cause))
+        try:
+            for made in _ahead(self._made(caller, stream.read(questions))):
+                if isinstance(made, _Refusal):
+                    context.abort(made.code, made.why)
+                question, asked, answered = made
+                try:
+                    found = answered.release()
+                except OverBudget as cause:
+                    refusal = _over_budget(caller, asked, cause)
+                    context.abort(refusal.code, refusal.why)
+                _log("answered", caller.name, asked=asked, charged=answered.charged)
+                yield from stream.send(pb.Reply(id=question, probabilities=found.tobytes()))
+        finally:
+            self._streams.close(stream)
 
     def _made(self, caller: CallerConfig, questions: Iterator[Any]) -> Iterator[tuple[int, int, Answered] | _Refusal]:
         """Make answers, which are being charged but must not leave yet, or a refusal, which is the last."""
@@ -195,7 +220,7 @@ class TeacherService:
             by_certificate = caller.certificate is None or caller.certificate in names
             if by_token and by_certificate:
                 return caller
-        _log("refused", "-", reason="identity")
+        _log("refused", STRANGERS, reason="identity")
         context.abort(grpc.StatusCode.UNAUTHENTICATED, "no caller of the policy has this token or certificate")
         raise AssertionError("abort raises")
 
@@ -204,6 +229,10 @@ class TeacherService:
 class _Refusal:
     code: grpc.StatusCode
     why: str
+
+
+def _stood(caller: str) -> None:
+    _log("refused", caller, reason="stood still")
 
 
 def _over_budget(caller: CallerConfig, asked: int, cause: OverBudget) -> _Refusal:
