@@ -102,6 +102,8 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
         lines.append(("queries", f"{summary['queries']:,} inputs that the teacher answered"))
     if summary.get("paid") is not None:
         lines.append(("paid", f"{summary['paid']:,} different inputs, charged by the service"))
+    if summary.get("told") is not None:
+        lines.append(("answers", summary["told"]))
     if summary.get("method"):
         lines.append(("pool", f"{folder / summary['pool']['file']}  ({summary['pool']['size']:,} synthetic inputs)"))
     lines += [("time", f"{summary['seconds']:.1f} s"), ("run", str(folder))]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fedkd.data.config import DataConfig
 from fedkd.data.files import fetch, locate, required
+from fedkd.data.pictures import pixels
 from fedkd.data.records import Part, Records, encode_clients, encode_labels, need_extra
 from fedkd.data.scaling import Standardiser
 from fedkd.errors import ConfigError, DataError
@@ -468,16 +469,6 @@ def read_heart_disease(config: DataConfig) -> Records:
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def _pixels(image: Any, config: DataConfig) -> NDArray[np.uint8]:
-    """uint8 [channels, height, width] of a Pillow image."""
-    image = image.convert("L" if config.channels == 1 else "RGB")
-    if config.resize is not None:
-        height, width = config.resize
-        image = image.resize((width, height))
-    pixels = np.asarray(image, np.uint8)
-    return pixels[None] if config.channels == 1 else np.moveaxis(pixels, 2, 0)
-
-
 def _stack(images: list[NDArray[np.uint8]], names: Sequence[str]) -> NDArray[np.uint8]:
     for image, name in zip(images, names, strict=True):
         if image.shape != images[0].shape:
@@ -511,7 +502,7 @@ def read_images(config: DataConfig) -> Records:
             (number, path)
             for number, name in enumerate(names)
             for path in sorted((root / name).glob("*"))
-            if path.suffix.lower() in IMAGE_ENDINGS
+            if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
         ]
         if not files:
             raise DataError(f"{root} holds no images as <class>/<name>{'|'.join(IMAGE_ENDINGS)}: set data.path")
@@ -519,7 +510,7 @@ def read_images(config: DataConfig) -> Records:
         for _, path in files:
             try:
                 with Image.open(path) as image:
-                    images.append(_pixels(image, config))
+                    images.append(pixels(image, config.channels, config.resize))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise DataError(f"{path} cannot be read as an image ({error}): repair or remove it") from error
         x = _stack(images, [str(path) for _, path in files])
@@ -604,7 +595,7 @@ def read_hub(config: DataConfig, opener: Callable[[DataConfig], OpenSplit] = _op
         for number, image in enumerate(split[config.hub_input]):
             if not hasattr(image, "convert"):
                 raise DataError(f"{name}: record {number} of `{config.hub_input}` is no image: set data.hub_input")
-            images.append(_pixels(image, config))
+            images.append(pixels(image, config.channels, config.resize))
         if not images:
             raise DataError(f"{name}: a split has no records: check data.hub_splits")
         xs.append(_stack(images, [f"{name} record {number}" for number in range(len(images))]))

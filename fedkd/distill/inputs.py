@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedkd.data.files import read_inputs
+from fedkd.data.pictures import pixels
 from fedkd.distill.cache import data_identity
 from fedkd.distill.loop import Records
 from fedkd.errors import ConfigError, DataError
@@ -52,18 +53,17 @@ def _images(folder: Path, shape: tuple[int, ...] | None) -> NDArray[np.generic]:
         from PIL import Image, UnidentifiedImageError
     except ImportError as cause:
         raise ConfigError("a folder of images needs Pillow: pip install 'fedkd[images]'") from cause
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES)[:MAX_IMAGES]
+    # Hidden files are not meant: some systems leave an image's label as ._NAME beside it.
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGES and not f.name.startswith("."))[
+        :MAX_IMAGES
+    ]
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGES)})")
     out = np.zeros((len(files), *shape), np.uint8)
     for i, file in enumerate(files):
         try:
             with Image.open(file) as image:
-                plain = image.convert("L" if shape[0] == 1 else "RGB")
-                if plain.size != (shape[2], shape[1]):
-                    plain = plain.resize((shape[2], shape[1]))
-                pixels = np.asarray(plain, np.uint8)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as cause:
+                out[i] = pixels(image, shape[0], (shape[1], shape[2]))
+        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as cause:
             raise DataError(f"{file} is no image that can be read: {cause}") from cause
-        out[i] = pixels[None] if shape[0] == 1 else pixels.transpose(2, 0, 1)
     return out

@@ -293,7 +293,7 @@ class _Work:
             **beside,
         }
         # Counted last, when nothing more is asked.
-        summary["paid"] = teacher.paid
+        summary["paid"], summary["told"] = teacher.paid, teacher.told
         self._alone(summary)
         return self._finished(summary, began)
 

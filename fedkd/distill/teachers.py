@@ -33,6 +33,7 @@ class Teacher(ABC):
         priced: whether every new input costs a query, so that it is asked for nothing but to learn from it.
         queries_left: new inputs that it will still answer; None where there is no limit.
         paid: different inputs paid so far, over all processes of a run; None where nothing is.
+        told: what a service says of its answers and of their privacy; None for a teacher that is at hand.
     """
 
     shape: tuple[int, ...] | None
@@ -43,6 +44,10 @@ class Teacher(ABC):
 
     @property
     def paid(self) -> int | None:
+        return None
+
+    @property
+    def told(self) -> str | None:
         return None
 
     @abstractmethod
@@ -155,6 +160,10 @@ class EnsembleTeacher(Teacher):
     def paid(self) -> int | None:
         known = [t.paid for t, _ in self.members if t.paid is not None]
         return sum(known) if known else None
+
+    @property
+    def told(self) -> str | None:
+        return "; ".join(t.told for t, _ in self.members if t.told is not None) or None
 
     def logits(self, x: Tensor) -> Tensor:
         found = [(teacher.logits(x), weight) for teacher, weight in self.members]

@@ -103,6 +103,11 @@ class Accounts:
         with self._books:
             return self._total(caller)
 
+    def spent_by_all(self) -> int:
+        """Return how many inputs all callers together have been charged, over all services on this file."""
+        with self._books:
+            return int(self._db.execute("SELECT COALESCE(SUM(queries), 0) FROM totals").fetchone()[0])
+
     def answer(
         self,
         caller: str,

@@ -29,6 +29,11 @@ class Answers:
         self._private = PrivateAnswers(teacher, how.privacy, folder) if how.privacy is not None else None
         self._turn = threading.Lock()
 
+    @property
+    def covered(self) -> int:
+        """Answers that the ledgers in the folder cover; 0 without ``answers.privacy``."""
+        return 0 if self._private is None else self._private.charged
+
     def charge(self, caller: CallerConfig, count: int) -> None:
         """Charge the privacy of ``count`` new answers, before they are made; nothing without ``answers.privacy``.
 

@@ -73,6 +73,7 @@ class RemoteTeacher(Teacher):
         self.answers = _plain(str(said.answers))
         self.queries_left = int(said.queries_left) if said.HasField("queries_left") else None
         self.epsilon = float(said.epsilon) if said.HasField("epsilon") else None
+        self.delta = float(said.delta) if said.HasField("delta") else None
         if not (
             2 <= self.classes <= 100_000
             and 1 <= len(self.shape) <= 8
@@ -105,6 +106,16 @@ class RemoteTeacher(Teacher):
         with self._turn:
             row = self._db.execute("SELECT COUNT(*) FROM replies WHERE service = ?", (self._service,)).fetchone()
         return int(row[0])
+
+    @property
+    def told(self) -> str:
+        """What the service says that its answers are, and what they may cost its records at most."""
+        if self.epsilon is None or self.delta is None:
+            return f"{self.answers}; epsilon infinity"
+        return (
+            f"{self.answers}; epsilon at most {self.epsilon:g} at delta {self.delta:g} over all that this caller hears, for "
+            "the records of one member"
+        )
 
     def close(self) -> None:
         """End the connection."""

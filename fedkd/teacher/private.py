@@ -6,7 +6,11 @@ plurality of an ensemble whose members were trained on disjoint records.
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -17,13 +21,14 @@ from fedkd.distill.teachers import EnsembleTeacher, Teacher
 from fedkd.errors import ConfigError
 from fedkd.privacy.client_level import project_simplex
 from fedkd.privacy.events import Event, Relation
-from fedkd.privacy.ledger import Entry, Ledger
+from fedkd.privacy.ledger import Entry, Ledger, LedgerError
 from fedkd.privacy.noise import NoiseSource
 from fedkd.teacher.accounts import OverBudget
 from fedkd.teacher.policy import CallerConfig, PrivateAnswersConfig
 
 REACH: Final = math.sqrt(2)
 RELATION: Final[Relation] = "replace_one"
+LEDGER: Final = "ledger.jsonl"
 
 
 class PrivateAnswers:
@@ -54,10 +59,15 @@ class PrivateAnswers:
                 "answers.privacy needs an ensemble, each member trained on records of its own: a single model's answers "
                 "have no finite epsilon. Serve several models, or train the one with DP-SGD and leave answers.privacy out"
             )
+        if len({member.identity for member, _ in teacher.members}) < len(teacher.members):
+            raise ConfigError(
+                "answers.privacy needs members trained on records of their own, and two of these are one model: its records "
+                "would move the sum twice"
+            )
         if len({weight for _, weight in teacher.members}) > 1:
             raise ConfigError("answers.privacy needs members of equal weight: unequal ones would move the sum by more")
         self.teacher, self.config, self._folder = teacher, config, folder
-        self._life = Ledger(folder / "ledger.jsonl")
+        self._life = Ledger(folder / LEDGER)
         self._ledgers: dict[str, Ledger] = {}
         self._noise = NoiseSource()
 
@@ -66,6 +76,12 @@ class PrivateAnswers:
         if caller not in self._ledgers:
             self._ledgers[caller] = Ledger(self._folder / f"ledger-{caller}.jsonl", self._life)
         return self._ledgers[caller]
+
+    @property
+    def charged(self) -> int:
+        """Answers that the service's ledger holds, over all callers and its whole life."""
+        self._life.refresh()
+        return sum(entry.event.count for entry in self._life.entries)
 
     def price(self, count: int) -> Event:
         """Return what ``count`` answers cost."""
@@ -81,25 +97,37 @@ class PrivateAnswers:
         """
         ledger, price, delta = self.ledger(caller.name), self.price(count), self.config.delta
         limits = ((ledger, caller.epsilon, caller.name), (self._life, self.config.epsilon, "all callers together"))
-        for book, limit, who in limits:
-            book.refresh()
-            reason = book.would_exceed(0, [price], limit, delta, unit="client", relation=RELATION)
-            if reason is not None:
-                raise OverBudget(f"{count} new inputs asked: {reason}, for {who}")
-        ledger.charge(
-            [
-                Entry(
-                    run=caller.name,
-                    round=0,
-                    what=f"{count} answers by noisy {self.config.kind}",
-                    mechanism=f"teacher {self.config.kind}",
-                    unit="client",
-                    relation=RELATION,
-                    event=price,
-                    devices=(0,),
-                )
-            ]
+        entry = Entry(
+            run=caller.name,
+            round=0,
+            what=f"{count} answers by noisy {self.config.kind}",
+            mechanism=f"teacher {self.config.kind}",
+            unit="client",
+            relation=RELATION,
+            event=price,
+            devices=(0,),
         )
+        # From the look to the charge: another process on these ledgers must not find the same budget free.
+        with self._alone():
+            for book, limit, who in limits:
+                book.refresh()
+                reason = book.would_exceed(0, [price], limit, delta, unit="client", relation=RELATION)
+                if reason is not None:
+                    raise OverBudget(f"{count} new inputs asked: {reason}, for {who}")
+            ledger.charge([entry])
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._folder / "ledger.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as cause:
+            raise LedgerError(f"cannot lock the ledgers in {self._folder}: {cause.strerror or cause}") from cause
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Return the noisy answers to inputs ``x`` [B, ...]: one-hot winners, or mean labels on the simplex, [B, C]."""

@@ -24,6 +24,7 @@ from fedkd.teacher import teacher_pb2 as pb
 from fedkd.teacher.accounts import Accounts, Answered, OverBudget, content_hashes
 from fedkd.teacher.answers import Answers
 from fedkd.teacher.policy import CallerConfig, Policy, token_hash
+from fedkd.teacher.private import LEDGER
 from fedkd.teacher.streams import STRANGERS, Busy, Guarded, Streams
 
 SERVICE = "fedkd.teacher.v1.Teacher"
@@ -49,6 +50,7 @@ class TeacherService:
         self.identity = hashlib.sha256(text.encode()).hexdigest()
         self.accounts = Accounts(policy.state)
         self._answers = Answers(teacher, policy.answers, policy.state)
+        self._refuse_mixed_state()
         size = policy.max_message_bytes
         # Half of the streams for one caller, so that two must join to keep a third one waiting.
         each = policy.streams if len(policy.callers) == 1 else max(1, policy.streams // 2)
@@ -107,6 +109,18 @@ class TeacherService:
         """Serve until the process is told to end."""
         self._server.wait_for_termination()
 
+    def _refuse_mixed_state(self) -> None:
+        """Refuse a folder where answers with and without noise meet: its ledger would not cover all that callers heard."""
+        state, fresh = self.policy.state, "if this is another teacher, give it a `state` of its own"
+        if self.policy.answers.privacy is None:
+            if (state / LEDGER).exists():
+                raise ConfigError(
+                    f"{state} holds a ledger of private answers, and exact ones would make its epsilon untrue: keep "
+                    f"answers.privacy; {fresh}"
+                )
+        elif self.accounts.spent_by_all() > self._answers.covered:
+            raise ConfigError(f"{state} tells of answers without noise, which no epsilon covers: {fresh}")
+
     def _listen(self) -> int:
         tls = self.policy.tls
         try:
@@ -124,6 +138,7 @@ class TeacherService:
     # ---- calls ------------------------------------------------------------------------------------------------------
     def _describe(self, requests: Iterator[Any], context: Any) -> Any:
         caller = self._caller(context)
+        private, epsilon = self.policy.answers.privacy, self._epsilon(caller)
         left = None if caller.queries is None else max(0, caller.queries - self.accounts.spent(caller.name))
         return pb.Description(
             shape=self.shape,
@@ -132,7 +147,8 @@ class TeacherService:
             max_batch=self.policy.max_batch,
             answers=self.policy.answers.words,
             queries_left=left,
-            epsilon=self._epsilon(caller),
+            epsilon=epsilon,
+            delta=private.delta if private is not None and epsilon is not None else None,
         )
 
     def _epsilon(self, caller: CallerConfig) -> float | None:

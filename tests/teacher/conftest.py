@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import ipaddress
 from collections.abc import Callable
@@ -94,3 +95,19 @@ def taught(digits: tuple[Tensor, Tensor]) -> ModuleTeacher:
 def new_ca() -> Callable[[Path], Authority]:
     """Return the function that makes a CA in a folder."""
     return Authority.make
+
+
+@pytest.fixture(scope="session")
+def members(taught: ModuleTeacher) -> Callable[[int], list[tuple[ModuleTeacher, float]]]:
+    """Return what makes members of an ensemble: teachers that agree, and are not one model."""
+
+    def make(count: int) -> list[tuple[ModuleTeacher, float]]:
+        found = []
+        for i in range(count):
+            module = copy.deepcopy(taught.module)
+            with torch.no_grad():
+                next(module.parameters()).mul_(1 + 1e-4 * i)
+            found.append((ModuleTeacher(module, taught.classes, taught.shape), 1.0))
+        return found
+
+    return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,8 +112,8 @@ def test_rows_tell_accuracy_price_and_refusal(taught: ModuleTeacher, digits: Dig
     assert again[0]["students"][0]["accuracy"] == [rows[0]["students"][0]["accuracy"][1]]
 
 
-def test_a_privacy_budget_refuses_too(taught: ModuleTeacher, digits: Digits) -> None:
-    ensemble = EnsembleTeacher([(taught, 1.0)] * 3)
+def test_a_privacy_budget_refuses_too(taught: ModuleTeacher, digits: Digits, members: Any) -> None:
+    ensemble = EnsembleTeacher(members(3))
     private = AnswersConfig(privacy=PrivateAnswersConfig(sigma=4.0, epsilon=5.0))
     made = plan(taught, digits, teacher=ensemble, attacks=("noise",), queries=(80, 5000), defences={"votes": private})
     (row,) = check(made)

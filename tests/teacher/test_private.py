@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from fedkd.teacher.private import PrivateAnswers
 from fedkd.teacher.service import TeacherService
 
 DELTA = 1e-5
+NUMBERS = itertools.count()
 
 
 class Fixed(Teacher):
@@ -31,7 +36,7 @@ class Fixed(Teacher):
 
     def __init__(self, probabilities: list[float]) -> None:
         self.p = torch.tensor(probabilities)
-        self.classes, self.shape, self.identity = len(probabilities), (2,), str(probabilities)
+        self.classes, self.shape, self.identity = len(probabilities), (2,), f"{probabilities} {next(NUMBERS)}"
 
     def logits(self, x: Tensor) -> Tensor:
         return self.p.log().expand(len(x), -1)
@@ -51,7 +56,7 @@ def cost(count: int, sigma: float) -> float:
 
 
 def test_the_ledger_is_charged_before_an_answer_is_made_and_holds_after_a_restart(
-    taught: ModuleTeacher, digits: tuple[Tensor, Tensor], tmp_path: Path
+    members: Any, digits: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     token = tmp_path / "token"
     token.write_text("secret\n")
@@ -69,10 +74,11 @@ def test_the_ledger_is_charged_before_an_answer_is_made_and_holds_after_a_restar
         }
     )
     x = digits[0]
-    teacher = EnsembleTeacher([(taught, 1.0)] * 5)
+    teacher = EnsembleTeacher(members(5))
     with TeacherService(teacher, (1, 8, 8), how) as service:
         remote = RemoteTeacher(f"grpc://127.0.0.1:{service.port}?token={token}", batch=16)
-        assert remote.epsilon == pytest.approx(limit)
+        assert remote.epsilon == pytest.approx(limit) and remote.delta == DELTA
+        assert remote.told.startswith("noisy votes of an ensemble, sigma 8; epsilon at most")
         assert remote.answers == "noisy votes of an ensemble, sigma 8"
         first = remote.logits(x[:30]).exp()
         assert set(first.max(1).values.round(decimals=3).tolist()) == {1.0}
@@ -145,11 +151,70 @@ def test_a_member_that_answers_nonsense_moves_the_sum_by_no_more_than_any_other(
         assert bool((step.norm(dim=1) <= math.sqrt(2) + 1e-6).all()) and bool(step.isfinite().all())
 
 
-def test_one_model_and_unequal_weights_are_refused(taught: ModuleTeacher, tmp_path: Path) -> None:
+def test_one_model_and_unequal_weights_are_refused(taught: ModuleTeacher, members: Any, tmp_path: Path) -> None:
     config = PrivateAnswersConfig(sigma=1.0)
     with pytest.raises(ConfigError, match="no finite epsilon"):
         PrivateAnswers(taught, config, tmp_path)
+    one, other = (m for m, _ in members(2))
     with pytest.raises(ConfigError, match="equal weight"):
-        PrivateAnswers(EnsembleTeacher([(taught, 1.0), (taught, 2.0)]), config, tmp_path)
+        PrivateAnswers(EnsembleTeacher([(one, 1.0), (other, 2.0)]), config, tmp_path)
+    with pytest.raises(ConfigError, match="two of these are one model"):
+        PrivateAnswers(EnsembleTeacher([(one, 1.0), (other, 1.0), (one, 1.0)]), config, tmp_path)
     with pytest.raises(ValidationError, match=r"add answers\.privacy"):
         Policy.model_validate({"callers": (alice(epsilon=1.0),)})
+
+
+def test_answers_with_and_without_noise_do_not_meet_on_one_ledger(
+    members: Any, digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("secret")
+    teacher = EnsembleTeacher(members(3))
+    exact = {"listen": "127.0.0.1:0", "state": tmp_path / "state", "callers": (alice(),)}
+    noisy = {**exact, "answers": {"privacy": {"sigma": 40.0, "epsilon": 1.0}}}
+
+    def serve(how: dict[str, Any], asked: int) -> str:
+        with TeacherService(teacher, (1, 8, 8), Policy.model_validate(how)) as service:
+            remote = RemoteTeacher(f"grpc://127.0.0.1:{service.port}?token={tmp_path / 'token'}")
+            remote.logits(digits[0][:asked])
+            return remote.told
+
+    assert serve(exact, 3) == "soft labels; epsilon infinity"
+    with pytest.raises(ConfigError, match="without noise, which no epsilon covers"):
+        serve(noisy, 3)
+    apart = tmp_path / "apart"
+    assert "epsilon at most 1 at delta 1e-05" in serve({**noisy, "state": apart}, 3)
+    assert "epsilon at most 1 at delta 1e-05" in serve({**noisy, "state": apart}, 5)
+    with pytest.raises(ConfigError, match="would make its epsilon untrue"):
+        serve({**exact, "state": apart}, 3)
+
+
+def test_two_processes_cannot_spend_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sigma = 8.0
+    config = PrivateAnswersConfig(sigma=sigma, delta=DELTA, epsilon=cost(10, sigma) * 1.0001)
+    services = [PrivateAnswers(ensemble([1.0, 0.0], [0.0, 1.0]), config, tmp_path) for _ in range(2)]
+    looked = threading.Barrier(2)
+    would = Ledger.would_exceed
+
+    def slow(self: Ledger, *args: Any, **more: Any) -> str | None:
+        found = would(self, *args, **more)
+        if args[2] is not None:
+            # Whoever has looked waits for the other one to have looked as well.
+            with contextlib.suppress(threading.BrokenBarrierError):
+                looked.wait(0.3)
+        return found
+
+    monkeypatch.setattr(Ledger, "would_exceed", slow)
+    refused: list[str] = []
+
+    def spend(service: PrivateAnswers) -> None:
+        try:
+            service.charge(alice(), 10)
+        except OverBudget as cause:
+            refused.append(str(cause))
+
+    threads = [threading.Thread(target=spend, args=(s,)) for s in services]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 1 and services[0].charged == 10
