@@ -268,7 +268,10 @@ def _module(
     weights: dict[str, Tensor], path: Path, model: str | None, shape: tuple[int, ...], classes: int, make: Make
 ) -> ModuleTeacher:
     if model is None:
-        raise ConfigError(f"{path} does not say which model its weights belong to: name it with teacher.model")
+        raise ConfigError(
+            f"{path} does not say which model its weights belong to: name it, as in teacher={{path: {path}, model: lenet}} "
+            "(fedkd teacher: --model lenet)"
+        )
     module = make(model, 0)
     try:
         module.load_state_dict(weights)

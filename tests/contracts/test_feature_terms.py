@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, final
 
 import pytest
 import torch
-from harness import CNN, assert_finite, assert_same, play
+from harness import CNN, MLP, assert_finite, assert_same, play
 
-from fedkd.algorithms.base import Batch
+from fedkd.aggregators import mean_of
+from fedkd.algorithms.base import Algorithm, Answers, Batch, Heard, ServerState, ServerTools, View, with_model
 from fedkd.algorithms.catalogue import build
-from fedkd.distill.terms import Term, between_nets
+from fedkd.distill import Distiller, Fit
+from fedkd.distill.terms import Term, TermConfig, between_nets
 from fedkd.errors import ConfigError
-from fedkd.losses import KD, AttentionTransfer, RKDDistance
+from fedkd.losses import KD, AttentionTransfer, CrossEntropy, RKDDistance
 from fedkd.models import Architecture
 from fedkd.nets import Net, PredictorNet
+from fedkd.payloads import Payload, SoftLabels
 
 TERMS = [
     {"loss": "at", "weight": 30, "student": "body.2", "warmup": 2},
@@ -95,3 +99,45 @@ def test_wrong_terms_are_refused_when_read(terms: list[dict[str, Any]], told: st
 def test_a_layer_that_devices_lack_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match=r"no layer 'body.22'"):
         play(scene("fml", [{"loss": "at", "student": "body.2", "teacher": "body.22"}]), kind="serial")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Reviewed(Algorithm):
+    """Mean soft labels; the server's student learns them, and its last self's layers by losses with parts to train."""
+
+    name: ClassVar[str] = "reviewed"
+    paper: ClassVar[str] = "none"
+    upload: ClassVar[type[Payload]] = SoftLabels
+    proxy: ClassVar[Literal["none", "unlabelled", "labelled"]] = "unlabelled"
+    student: ClassVar[bool] = True
+
+    terms: tuple[TermConfig, ...]
+
+    def answer(self, net: Net, view: View, heard: Heard) -> Payload:
+        assert view.public is not None
+        return SoftLabels(labels=net.probabilities(view.public))
+
+    def aggregate(self, answers: Answers, server: ServerState, tools: ServerTools) -> Payload:
+        return SoftLabels(labels=mean_of(answers, lambda a: a.payload.tensors()["labels"]))
+
+    def update(self, server: ServerState, knowledge: Payload, tools: ServerTools) -> ServerState:
+        name, weights = server.models["student"]
+        student, last = (tools.module(name, weights) for _ in range(2))
+        labels = knowledge.tensors()["labels"].argmax(1)
+        terms = [Term(CrossEntropy()), *(config.term for config in self.terms)]
+        fit = Fit(epochs=1, batch_size=16, lr=0.05)
+        Distiller(student, last, terms, fit=fit, seed=tools.seed("student")).fit(tools.public(tools.asked), labels)
+        return with_model(server, "student", name, dict(student.state_dict()))
+
+
+def test_a_server_distils_by_losses_with_parts_of_their_own() -> None:
+    terms = [
+        {"loss": "crd", "student": "body", "negatives": 32, "dimensions": 8},
+        {"loss": "reviewkd", "student": ["body.2", "body.5"], "middle": 4},
+    ]
+    raw = {"algorithm": {"name": "test_feature_terms:Reviewed", "terms": terms}, "rounds": 2}
+    raw |= {"models": {"student": CNN, "devices": [MLP]}}
+    one, many = (play(raw, kind=kind) for kind in ("serial", "stacked"))
+    assert_same(one, many, 1e-9)
+    assert_finite(one)
