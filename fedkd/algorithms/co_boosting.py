@@ -3,20 +3,22 @@
 R. Dai, Y. Zhang, A. Li, T. Liu, X. Yang, B. Han, "Enhancing One-Shot Federated Learning Through Data and Ensemble
 Co-Boosting", ICLR 2024, https://arxiv.org/abs/2402.15070 (algorithm 1).
 
-Devices train once and send their weights. D_w is the sum of their logits by the ensemble's weights w, at first 1/K. In turns:
+Devices train once and send their weights. D_w is the mean of their logits weighted by w, at first 1/K. In turns:
 
-1. A fresh generator and its noise learn hard inputs, down the mean of (1 - p_y) · CE(D_w(x), y) - KL_{T=3}(D_w || S), where
-   p_y is D_w's probability of y: what the ensemble is sure of counts little. The best batch joins the pool.
+1. A fresh generator and its noise learn hard inputs, down the mean of (1 - p_y) · CE(D_w(x), y) - 9 · KL_{T=3}(D_w || S),
+   where p_y is D_w's probability of y: what the ensemble is sure of counts little; 9 is T². The best batch joins the pool.
 2. Through the pool, batch by batch, w <- clip(w - mu · 0.99^t · sign(gradient of CE(D_w(x), y)), 0, 1), t being the turn.
 3. The student learns D_w by KL at T = 4 on the pool. Before each step inputs move by eps · sign(gradient of
    u · softmax(D_w(x) / 4)), u uniform on -1..1 for each class: they stay hard.
 
-Published: mu 0.01, eps 8/255, Adam 1e-3 (0.5, 0.999), z of 256, student SGD 0.01 with momentum 0.9 and weight decay 1e-4,
-annealed by a cosine, batch 128, one pass over the pool per turn. No batch normalisation is needed, and devices may run
-different architectures.
+Published: mu 0.01, eps 8/255 of inputs between -1 and 1, Adam 1e-3 (0.5, 0.999), z of 256, student SGD 0.01 with momentum
+0.9 and weight decay 1e-4, annealed by a cosine, its gradient clipped at 10, batch 128, one pass over the pool per turn. No
+batch normalisation is needed, and devices may run different architectures.
 
-Deviations: eps is a share of an input's bounds, within which inputs stay, where it has bounds; gradients are not clipped; w
-is learnt from turn 1 on, with the newest batch among the pool.
+As the published code has it, and the paper does not say: logits are divided by the sum of w; the divergence that the
+generator raises has the factor T²; w is learnt from turn 1 on. Deviations from that code: moved inputs stay within their
+bounds; w is learnt with the newest batch among the pool, which joins it there afterwards; the generator's gradient is not
+clipped; the pool is not rounded to whole pixels, and its views are not shifted or mirrored.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Boosting(Synthesizer):
 
     name: ClassVar[str] = "co_boosting"
     paper: ClassVar[str] = "Dai et al., ICLR 2024"
-    fit: ClassVar[Fit] = Fit(epochs=200, batch_size=128, lr=0.01, momentum=0.9, weight_decay=1e-4, schedule="cosine")
+    fit: ClassVar[Fit] = Fit(
+        epochs=200, batch_size=128, lr=0.01, momentum=0.9, weight_decay=1e-4, schedule="cosine", clip=10.0
+    )
 
     student_steps: int = 0  # per turn; 0: one pass over the pool
     steps: int = 30  # of generator and z, per batch
@@ -52,7 +56,7 @@ class Boosting(Synthesizer):
     hardness: float = 1.0  # power of (1 - p_y)
     adversarial: float = 1.0  # weight of the divergence that the generator raises
     adversarial_temperature: float = 3.0
-    move: float = 8 / 255  # eps
+    move: float = 4 / 255  # eps, as a share of the way between an input's bounds
     weight_step: float = 0.01  # mu; 0 keeps the plain mean
     weight_fade: float = 0.99  # factor of mu per turn
     temperature: float = 4.0  # T of the student's loss, and of the direction that inputs are moved in
@@ -74,6 +78,11 @@ class Boosting(Synthesizer):
         return ((1 - (-each.detach()).exp()) ** self.hardness * each).mean()
 
 
+def normalised(w: Tensor) -> Tensor:
+    """Return weights [K] of sum 1: w over its sum, or equal ones where all of w are 0."""
+    return w / w.sum() if bool(w.any()) else torch.full_like(w, 1 / len(w))
+
+
 class _Boosting(BatchMaker):
     settings: Boosting
     guide: ModelsGuide
@@ -85,7 +94,7 @@ class _Boosting(BatchMaker):
         def objective(x: Tensor) -> tuple[Tensor, Tensor]:
             each = self.guide.each(x)
             told = self.guide.mix(each)
-            apart = divergence(told, student(x), how.adversarial_temperature).mean()
+            apart = how.adversarial_temperature**2 * divergence(told, student(x), how.adversarial_temperature).mean()
             return how.hard(told, y) - how.adversarial * apart, each
 
         x, each = self.invert(objective)
@@ -100,15 +109,18 @@ class _Boosting(BatchMaker):
     def weigh(self) -> None:
         """Take the ensemble's weights through the pool once, batch by batch."""
         step = self.settings.weight_step * self.settings.weight_fade ** int(self.extra["turn"])
+        w = self.extra.get("weights", self.guide.weights).to(self.extra["each"])
         for index in torch.randperm(len(self.extra["y"])).split(self.settings.batch_size):
-            w = self.guide.weights.to(self.extra["each"]).clone().requires_grad_(True)
-            told = (self.extra["each"][:, index] * w[:, None, None]).sum(0)
+            w = w.clone().requires_grad_(True)
+            told = (self.extra["each"][:, index] * normalised(w)[:, None, None]).sum(0)
             (slope,) = torch.autograd.grad(F.cross_entropy(told, self.extra["y"][index]), w)
-            self.guide.weights = (w.detach() - step * slope.sign()).clamp(0, 1)
-        self.extra["weights"] = self.guide.weights
+            w = (w.detach() - step * slope.sign()).clamp(0, 1)
+        self.extra["weights"] = w
+        self.guide.weights = normalised(w)
 
     def restored(self) -> None:
-        self.guide.weights = self.extra.get("weights", self.guide.weights)
+        if "weights" in self.extra:
+            self.guide.weights = normalised(self.extra["weights"])
 
     def loss(self, student: nn.Module, batch_size: int) -> Tensor:
         x = self.moved(self.pool.draw(min(batch_size, len(self.pool))))
@@ -137,3 +149,4 @@ class CoBoosting(OneShot):
     make: Boosting = Boosting()
     weight_decay: float = 1e-4
     anneal: bool = True
+    clip: float | None = 10.0

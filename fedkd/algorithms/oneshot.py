@@ -48,6 +48,7 @@ class OneShot(Algorithm, ABC):
     momentum: float = 0.9
     weight_decay: float = 0.0
     anneal: bool = False  # lower lr to 0 by a cosine
+    clip: float | None = None  # largest norm of a step's gradient
     pool: int = 51_200  # inputs kept; the oldest give way
 
     def check(self, architectures: Mapping[str, Architecture]) -> None:
@@ -85,6 +86,7 @@ class OneShot(Algorithm, ABC):
                 momentum=self.momentum,
                 weight_decay=self.weight_decay,
                 schedule="cosine" if self.anneal else "constant",
+                clip=self.clip,
             ),
             seed=tools.seed(self.name),
             keep=self.pool,

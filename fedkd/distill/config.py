@@ -31,6 +31,7 @@ class FitConfig(Section):
     schedule: Literal["constant", "cosine"] = "cosine"
     milestones: tuple[int, ...] = ()
     gamma: float = Field(0.1, gt=0, le=1)
+    clip: float | None = Field(None, gt=0)
 
     @property
     def fit(self) -> Fit:

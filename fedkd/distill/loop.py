@@ -37,7 +37,8 @@ PAUSE = 1.0
 class Fit:
     """How a student is trained.
 
-    ``milestones``: epochs after which the learning rate is multiplied by ``gamma``; ``cosine`` anneals it to 0.
+    ``milestones``: epochs after which the learning rate is multiplied by ``gamma``; ``cosine`` anneals it to 0. ``clip``:
+    the largest norm of a step's gradient, of all parameters together; a longer one is shortened to it.
     """
 
     epochs: int = 20
@@ -50,6 +51,7 @@ class Fit:
     schedule: Literal["constant", "cosine"] = "constant"
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
+    clip: float | None = None
 
     def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the optimiser of ``parameters``."""
@@ -59,6 +61,14 @@ class Fit:
             )
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, self.lr, weight_decay=self.weight_decay)
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Take one step of ``optimizer`` down ``loss``."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.clip)
+        optimizer.step()
 
     def rate(self, epoch: int) -> float:
         """Return the learning rate of ``epoch``."""
@@ -180,7 +190,6 @@ class Loop:
         seed: decides the order of records, and torch's stream during an epoch (dropout).
         best: early stopping, if it is wanted.
         whole: leave out what is left over after the last full batch, unless it is all there is.
-        clip: greatest norm of a step's gradient.
     """
 
     def __init__(
@@ -193,12 +202,10 @@ class Loop:
         seed: int,
         best: Best | None = None,
         whole: bool = False,
-        clip: float | None = None,
     ) -> None:
         self.parts, self.size, self.step, self.how, self.seed = dict(parts), size, step, fit, seed
-        self.best, self.whole, self.clip = best, whole, clip
-        self.trained = [p for m in self.parts.values() for p in m.parameters() if p.requires_grad]
-        self.optimizer = fit.build(self.trained)
+        self.best, self.whole = best, whole
+        self.optimizer = fit.build([p for m in self.parts.values() for p in m.parameters() if p.requires_grad])
         self.log: list[Epoch] = []
         self._kept: dict[str, Tensor] = {}  # of the best epoch, by part and name
 
@@ -278,11 +285,7 @@ class Loop:
                     continue
                 found = self.step(Batch(index, epoch, rng))
                 loss = torch.stack([value * factor for value, factor in found.values()]).sum()
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if self.clip is not None:
-                    nn.utils.clip_grad_norm_(self.trained, self.clip)
-                self.optimizer.step()
+                self.how.descend(loss, self.optimizer)
                 for name, (value, factor) in found.items():
                     mean = float(value.detach())
                     sums[name] = sums.get(name, 0.0) + mean * len(index)

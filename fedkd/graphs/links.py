@@ -178,9 +178,9 @@ def _train(
 
     # A step reads all links at once: one batch is all of them.
     size = positive.shape[1]
-    how = Fit(epochs=fit.epochs, batch_size=size, optimizer="adam", lr=fit.lr, weight_decay=0.0)
+    how = Fit(epochs=fit.epochs, batch_size=size, optimizer="adam", lr=fit.lr, weight_decay=0.0, clip=1.0)
     best = Best(score=score, patience=fit.patience, every=fit.every)
-    Loop({"model": model}, size, step, fit=how, seed=seed, best=best, clip=1.0).run(checkpoint=checkpoint, watch=watch)
+    Loop({"model": model}, size, step, fit=how, seed=seed, best=best).run(checkpoint=checkpoint, watch=watch)
     return _measure(model, x, adjacency, split.test, split.test_none, fit.k)
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedkd.experiment import OptimizerConfig
 from fedkd.kernels.build import Library, library
 from fedkd.kernels.program import Program, programs
+from fedkd.layers import prepare
 from fedkd.models import Architecture
 
 if TYPE_CHECKING:
@@ -199,19 +201,21 @@ class _Stacked(torch.autograd.Function):
         g = grads[0].contiguous()
         weights, stats = held[: len(program.params)], held[len(program.params) :]
         made = [torch.empty_like(t) if samples else torch.zeros_like(t) for t in weights]
-        want = bool(ctx.needs_input_grad[1])
+        # Frozen nets are asked for the gradient of their input alone.
+        learn, want = any(ctx.needs_input_grad[2:]), bool(ctx.needs_input_grad[1])
         gx = g.new_empty(count, samples, *program.shape) if want else None
         slots = _pointers(made)
         job, hold = _pass(
             program, weights, stats, devices=count, samples=samples, want_x=int(want), out=g.data_ptr(),
-            kept=kept.data_ptr(), grads=ctypes.addressof(slots), gx=None if gx is None else gx.data_ptr(),
+            kept=kept.data_ptr(), grads=ctypes.addressof(slots) if learn else None,
+            gx=None if gx is None else gx.data_ptr(),
         )  # fmt: skip
         if samples:
             kernels.backward(job)
         del hold
         if gx is not None and inputs == 1 != count:
             gx = gx.sum(0, keepdim=True)
-        return None, gx, *made, *(None for _ in stats)
+        return None, gx, *(made if learn else (None for _ in made)), *(None for _ in stats)
 
 
 class _Single(torch.autograd.Function):
@@ -253,10 +257,37 @@ def agreeing(kernels: Library | None, architecture: Architecture) -> dict[str, P
         with torch.no_grad():
             want = functional_call(template, {f"inner.{n}": t for n, t in tensors.items()}, (method, x)).flatten(1)
             got = _Stacked.apply(program, x[None], *(tensors[n][None] for n in (*program.params, *program.buffers)))[0]
-        near = 1e-9 if architecture.dtype == torch.float64 else 1e-3
-        if got.shape == want.shape and bool(((got - want).abs() <= near * (1 + want.abs())).all()):
+        if _near(got, want):
             found[method] = program
     return found
+
+
+def _near(got: Tensor, want: Tensor) -> bool:
+    near = 1e-9 if want.dtype == torch.float64 else 1e-3
+    return got.shape == want.shape and bool(((got - want).abs() <= near * (1 + want.abs())).all())
+
+
+def together(models: Sequence[nn.Module], shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
+    """Return the function x [B, *shape] -> logits [K, B, C] of K frozen models in evaluation mode, in compiled kernels.
+
+    It carries a gradient with respect to x alone. None where the kernels cannot: no compiler, models that are no chains of
+    the layers they know, differ from each other, or give something else than the kernels make of them.
+    """
+    dtype = next((t.dtype for t in models[0].parameters()), torch.float32)
+    kernels = library(dtype)
+    read = [programs(prepare(copy.deepcopy(model)), shape).get("forward") for model in models]
+    if kernels is None or read[0] is None or any(program != read[0] for program in read):
+        return None
+    program, held = read[0], [model.state_dict() for model in models]
+    tensors = [torch.stack([h[n].detach() for h in held]).contiguous() for n in (*program.params, *program.buffers)]
+
+    def apply(x: Tensor) -> Tensor:
+        return cast(Tensor, _Stacked.apply(program, x[None], *tensors))
+
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    with torch.no_grad():
+        want, got = torch.stack([model(x) for model in models]), apply(x)
+    return apply if _near(got, want) else None
 
 
 def run(program: Program, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -734,7 +734,7 @@ template <class T> struct Weights {
     T* const* b;  // buffers by number
 };
 
-template <class T> T* of(T* const* list, i64 n) { return n < 0 ? nullptr : list[n]; }
+template <class T> T* of(T* const* list, i64 n) { return n < 0 || !list ? nullptr : list[n]; }
 
 // space.out[0] must hold the input. keep: values in [samples, features] order for each dropout layer, or null.
 template <class T> void forward(const Net& net, const Weights<T>& w, Space<T>& space, i64 n, bool training, const T* const* masks) {
@@ -778,7 +778,8 @@ template <class T> void forward(const Net& net, const Weights<T>& w, Space<T>& s
 }
 
 // On entry grad[0] holds the gradient of the output [features, cap], zero for padding. `rows`: the input sample by sample
-// [cap, lines], where the caller has it. Returns the gradient of the input if `want_x`, else null.
+// [cap, lines], where the caller has it. `grads` null: those of the weights are not wanted. Returns the gradient of the
+// input if `want_x`, else null.
 template <class T>
 T* backward(const Net& net, const Weights<T>& w, T* const* grads, Space<T>& space, i64 n, bool training, bool dropped, const T* rows,
             i64 lines, bool add, bool want_x) {
@@ -798,15 +799,17 @@ T* backward(const Net& net, const Weights<T>& w, T* const* grads, Space<T>& spac
             case LINEAR: {
                 i64 in = l.in(), ld = whole<T>(in);
                 const T* by_row = rows;
-                if (k > 0 || !rows) {
+                if (grads && (k > 0 || !rows)) {
                     turn(x, in, in, cap, cap, space.rowwise, ld);
                     by_row = space.rowwise;
                 } else {
                     ld = lines;
                 }
-                Product<T> p{g, by_row, nullptr, grads[l.weight], cap, 1, ld, in, n, add, false};
-                product(p, l.o, in);
-                if (l.bias >= 0)
+                if (grads) {
+                    Product<T> p{g, by_row, nullptr, grads[l.weight], cap, 1, ld, in, n, add, false};
+                    product(p, l.o, in);
+                }
+                if (grads && l.bias >= 0)
                     for (i64 o = 0; o < l.o; o++) {
                         V sum{};
                         for (i64 a = 0; a < cap; a += W) sum += load(g + o * cap + a);
@@ -819,7 +822,8 @@ T* backward(const Net& net, const Weights<T>& w, T* const* grads, Space<T>& spac
                 break;
             }
             case CONV:
-                conv_weights(l, l.ph || l.pw ? space.aux[k] : x, g, grads[l.weight], of(grads, l.bias), cap, space.scratch, add);
+                if (grads)
+                    conv_weights(l, l.ph || l.pw ? space.aux[k] : x, g, grads[l.weight], of(grads, l.bias), cap, space.scratch, add);
                 if (further) conv_backward(l, g, of(w.p, l.weight), other, cap);
                 break;
             case RELU:
@@ -1147,11 +1151,12 @@ template <class T> void pass_backward(const Pass& j) {
         std::vector<T*> w(j.params), b(j.buffers), g(j.params);
         for (i64 k = next(); k < j.devices; k = next()) {
             bind(j, k, w, b);
-            for (i64 p = 0; p < j.params; p++) g[p] = (T*)j.grads[p] + k * j.sizes_of[p];
+            if (j.grads)
+                for (i64 p = 0; p < j.params; p++) g[p] = (T*)j.grads[p] + k * j.sizes_of[p];
             space.lay(net, cap, (T*)j.kept + k * kept, pass.p);
             turn((const T*)j.out + k * j.samples * classes, cap, j.samples, classes, classes, space.grad[0], cap);
-            T* gx = backward(net, Weights<T>{w.data(), b.data()}, g.data(), space, j.samples, false, false, (const T*)nullptr, i64(0),
-                             false, j.want_x != 0);
+            T* gx = backward(net, Weights<T>{w.data(), b.data()}, j.grads ? g.data() : nullptr, space, j.samples, false, false,
+                             (const T*)nullptr, i64(0), false, j.want_x != 0);
             if (gx)
                 for (i64 i = 0; i < j.samples; i++)
                     for (i64 f = 0; f < features; f++)

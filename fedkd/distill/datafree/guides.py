@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from fedkd.distill.datafree.statistics import Statistics, norm_layers
 from fedkd.distill.taps import Taps
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, Teacher
 from fedkd.errors import ConfigError
+from fedkd.kernels.jobs import together
 
 
 class Guide(ABC):
@@ -76,7 +77,8 @@ class Guide(ABC):
 class ModelsGuide(Guide):
     """Torch models that are all at hand: their weighted mean logits, with gradients with respect to the inputs.
 
-    A single teacher is an ensemble of one. The models are set to evaluation mode and take no gradient themselves.
+    A single teacher is an ensemble of one. The models are set to evaluation mode and take no gradient themselves; their
+    weights must stay as they are.
 
     Args:
         models: K models of one set of classes; their architectures may differ.
@@ -91,11 +93,26 @@ class ModelsGuide(Guide):
             raise ConfigError("an ensemble needs at least one model")
         self.models = tuple(model.eval().requires_grad_(False) for model in models)
         self.weights = torch.full((len(models),), 1.0 / len(models)) if weights is None else weights
+        self._stacks: dict[tuple[int, ...], Callable[[Tensor], Tensor] | None] = {}
 
     def each(self, x: Tensor) -> Tensor:
         """Return the logits of every model, [K, B, C]."""
         self.queries += len(x)
-        return torch.stack([model(x) for model in self.models])
+        stack = self._stack(x)
+        return torch.stack([model(x) for model in self.models]) if stack is None else stack(x)
+
+    def _stack(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Return what takes images through all models at once on a CPU, several times as fast; None: one by one."""
+        if len(self.models) == 1 or x.dim() != 4 or not len(x) or x.device.type != "cpu" or self._watched():
+            return None
+        shape = tuple(x.shape[1:])
+        if shape not in self._stacks:
+            self._stacks[shape] = together(self.models, shape)
+        return self._stacks[shape]
+
+    def _watched(self) -> bool:
+        """Return whether somebody looks into the models' layers, which only their own passes show."""
+        return any(m._forward_hooks or m._forward_pre_hooks for model in self.models for m in model.modules())
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(self.models) == 1 and self.weights.dim() == 1:

@@ -110,9 +110,7 @@ class DataFree:
             self.student.train()
             for _ in range(self.maker.student_steps()):
                 loss = self.maker.loss(self.student, self.how.batch_size)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+                self.how.descend(loss, optimizer)
                 total, steps = total + float(loss.detach()), steps + 1
         mean = total / max(steps, 1)
         if not math.isfinite(mean):
