@@ -77,6 +77,11 @@ class Boosting(Synthesizer):
         each = F.cross_entropy(told, y, reduction="none")
         return ((1 - (-each.detach()).exp()) ** self.hardness * each).mean()
 
+    def hardship(self, told: Tensor, said: Tensor, y: Tensor) -> Tensor:
+        """Return what inputs are made down: of the ensemble's and the student's logits [B, C] and the labels [B]."""
+        apart = divergence(told, said, self.adversarial_temperature).mean()
+        return self.hard(told, y) - self.adversarial * self.adversarial_temperature**2 * apart
+
 
 def normalised(w: Tensor) -> Tensor:
     """Return weights [K] of sum 1: w over its sum, or equal ones where all of w are 0."""
@@ -93,9 +98,7 @@ class _Boosting(BatchMaker):
 
         def objective(x: Tensor) -> tuple[Tensor, Tensor]:
             each = self.guide.each(x)
-            told = self.guide.mix(each)
-            apart = how.adversarial_temperature**2 * divergence(told, student(x), how.adversarial_temperature).mean()
-            return how.hard(told, y) - how.adversarial * apart, each
+            return how.hardship(self.guide.mix(each), student(x), y), each
 
         x, each = self.invert(objective)
         # What the models say of the pool, and the classes meant, in the pool's order.

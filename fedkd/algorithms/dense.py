@@ -13,8 +13,10 @@ between the two models' boundaries. The best batch joins a growing pool, on whic
 T. Published: 200 epochs of 30 Adam steps 1e-3 (0.5, 0.999) on batches of 256, z of 256, lambda_1 = lambda_2 = 1, T = 20,
 student SGD 0.005 with momentum 0.9, one pass over the pool per epoch. Devices may run different architectures.
 
-Deviations: the statistics are the mean over devices; where devices have no batch normalisation, ``make.statistics=0`` leaves
-that term out; views of inputs are not shifted or mirrored; D's logits of the pool are kept, not computed anew.
+The published code starts the student from random weights, as is done here, and not from the devices' mean. Deviations: the
+statistics are the mean over devices (the paper; the published code sums them); where devices have no batch normalisation,
+``make.statistics=0`` leaves that term out; views of inputs are not shifted or mirrored, and the pool is not rounded to whole
+pixels; classes are not sorted within a batch; D's logits of the pool are kept, not computed anew.
 """
 
 from __future__ import annotations

@@ -10,13 +10,15 @@ with a_ky = n_ky / sum_k n_ky a generator G(z, y) takes a step down
     - L_md + lambda_cls · sum_k a_ky CE(D_k(G(z, y)), y) + lambda_dis · exp(-mean over pairs of |x - x'| · |z - z'|)
     L_md = mean of sum_k a_ky KL(D_k(x) || D(x))
 
-(hard inputs of the right class, apart from each other), and the averaged model D five steps down L_md on the same z and y.
-Published for CIFAR-10: 10 turns of 1 and 5 steps, batch 50, z of 100, Adam 0.01 for G, SGD 0.1 with weight decay 1e-3 for D,
-both rates times 0.998 each round, lambda_cls = lambda_dis = 1 (as a public re-implementation lists them).
+(hard inputs of the right class, apart from each other), and the averaged model D five steps down L_md / C on the same z and
+y, C being the number of classes. Published for CIFAR-10: 10 turns of 1 and 5 steps, batch 50, z of 100, Adam 0.01 for G, SGD
+0.1 with weight decay 1e-3 for D, both rates times 0.998 each round, lambda_cls = lambda_dis = 1.
 
-Deviations: the order of the two in KL is ours; distances are means of absolute differences; D is in evaluation mode while G
-learns; the generator is the one that all methods here share, given one-hot classes beside z. FedAvg is the method that is
-fine-tuned; the paper does the same to others.
+As the published code has it: D learns the devices' probabilities by cross-entropy, which is KL with the devices first, and
+the mean is over classes too (hence 1 / C); |x - x'| is the mean absolute difference, |z - z'| the mean squared one.
+Deviations from that code: it raises the mean absolute difference of logits where L_md stands for G, and lets G take one step
+per device rather than one down the sum; the generator here is the one that all methods share, given one-hot classes beside z.
+FedAvg is the method that is fine-tuned; the paper does the same to others.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class _Hard(GeneratorMaker):
             x = self.generator(given)
             each = self.guide.each(x)
             right = torch.stack([cross_entropy(logits, y) for logits in each])  # [K, B]
-            far = torch.cdist(x.flatten(1), x.flatten(1), p=1) / x[0].numel() * torch.cdist(z, z, p=1) / how.noise
+            far = torch.cdist(x.flatten(1), x.flatten(1), p=1) / x[0].numel() * torch.cdist(z, z).square() / how.noise
             loss = how.classes * (shares(self.guide.weights)[:, y] * right).sum(0).mean()
             loss = loss + how.diversity * torch.exp(-far.mean())
             self.learn(loss - self.discrepancy(each, student(x), y))
@@ -94,7 +96,7 @@ class _Hard(GeneratorMaker):
         return self.x
 
     def loss(self, student: nn.Module, batch_size: int) -> Tensor:
-        return self.discrepancy(self.each, student(self.x), self.y)
+        return self.discrepancy(self.each, student(self.x), self.y) / self.form.classes
 
 
 @final

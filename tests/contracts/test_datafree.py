@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fedkd import simulate
 from fedkd.algorithms.base import Heard
 from fedkd.algorithms.catalogue import build, method_class
-from fedkd.algorithms.co_boosting import Boosting
+from fedkd.algorithms.co_boosting import Boosting, normalised
 from fedkd.algorithms.dense import Boundary, boundary
 from fedkd.algorithms.fedftg import Hard
 from fedkd.algorithms.fedgen import FedGen, Latent
@@ -52,7 +52,7 @@ SHOT: dict[str, Any] = {
     "training": {"epochs": 15, "optimizer": {"momentum": 0.9, "lr": 0.05}},
 }
 QUICK = {"epochs": 8, "batch_size": 32, "lr": 0.03, "pool": 200, "anneal": False}
-MAKE = {"steps": 10, "batch_size": 32, "noise": 16, "width": 4, "student_steps": 40, "temperature": 4.0}
+MAKE = {"steps": 20, "batch_size": 32, "noise": 16, "width": 4, "lr": 0.01, "student_steps": 40, "temperature": 4.0}
 FORM = Form(shape=(1, 8, 8), classes=3)
 
 
@@ -239,17 +239,32 @@ def _sure(found: DataFree) -> float:
 def test_co_boosting_raises_the_weight_of_models_that_are_right_about_the_pool() -> None:
     found = work(Boosting(**BOOST, weight_step=0.02), epochs=4)
     moved = found.guide.weights
-    assert not torch.allclose(moved, torch.tensor([0.5, 0.5])) and moved.min() >= 0 and moved.max() <= 1
+    assert not torch.allclose(moved, torch.tensor([0.5, 0.5])) and torch.allclose(moved.sum(), torch.tensor(1.0))
     assert work(Boosting(**BOOST, weight_step=0.0), epochs=4).guide.weights.tolist() == [0.5, 0.5]
     maker, right = found.maker, F.one_hot(found.maker.extra["y"], 3).float()
     maker.extra["each"] = torch.stack([-right, 3 * right])
-    found.guide.weights = torch.tensor([0.5, 0.5])
+    maker.extra["weights"] = torch.tensor([0.5, 0.7])
     maker.weigh()
-    step = 0.02 * 0.99**3
-    assert torch.allclose(found.guide.weights, torch.tensor([0.5 - 4 * step, 0.5 + 4 * step]))  # 32 inputs, 8 at a time
+    step = 4 * 0.02 * 0.99**3  # 32 inputs, 8 at a time
+    assert torch.allclose(maker.extra["weights"], w := torch.tensor([0.5 - step, 0.7 + step]))
+    assert torch.allclose(found.guide.weights, w / w.sum())
     for _ in range(10):
         maker.weigh()
     assert found.guide.weights.tolist() == [0, 1]
+    assert normalised(torch.zeros(4)).tolist() == [0.25] * 4
+
+
+def test_co_boostings_inputs_pull_student_and_ensemble_apart_by_a_scaled_divergence() -> None:
+    told, said, y = 3 * torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    apart = 9 * F.kl_div((said / 3).log_softmax(1), (told / 3).softmax(1), reduction="batchmean")
+    assert torch.allclose(Boosting(adversarial=2.0).hardship(told, said, y), Boosting().hard(told, y) - 2 * apart)
+
+
+@pytest.mark.parametrize("method", ONE_SHOT)
+def test_made_images_may_be_dark_as_a_whole(method: str) -> None:
+    maker: Any = work({"dense": Boundary, "co_boosting": Boosting}[method](**BOOST), epochs=1).maker
+    maker.generator.grow[-1].bias.data -= 5
+    assert maker.generator(torch.randn(8, 6)).max() < 0.1
 
 
 def test_co_boosting_moves_inputs_to_where_the_ensemble_answers_otherwise() -> None:
@@ -257,8 +272,8 @@ def test_co_boosting_moves_inputs_to_where_the_ensemble_answers_otherwise() -> N
     x = FORM.clamp(found.pool.x)
     torch.manual_seed(1)
     moved = found.maker.moved(x)
-    assert (moved - x).abs().max() <= 8 / 255 + 1e-6 and moved.min() >= 0 and moved.max() <= 1
-    anyhow = FORM.clamp(x + 8 / 255 * torch.randn(x.shape).sign())
+    assert (moved - x).abs().max() <= 4 / 255 + 1e-6 and moved.min() >= 0 and moved.max() <= 1
+    anyhow = FORM.clamp(x + 4 / 255 * torch.randn(x.shape).sign())
     with torch.no_grad():
         gap, chance = ((found.guide(v) - found.guide(x)).norm() for v in (moved, anyhow))
     assert gap > 2 * chance

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedkd.distill.datafree import (
     METHODS,
@@ -25,6 +26,7 @@ from fedkd.distill.inputs import unlabelled
 from fedkd.distill.loop import Fit, Records
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher
 from fedkd.errors import ConfigError
+from fedkd.kernels.build import library
 from fedkd.models.registry import cnn, mlp
 
 FORM = Form(shape=(1, 8, 8), classes=3)
@@ -45,6 +47,53 @@ def test_an_ensemble_answers_with_its_weighted_mean_logits_and_a_gradient() -> N
     assert x.grad is not None and x.grad.abs().sum() > 0
     assert all(p.grad is None for m in models for p in m.parameters())
     assert both.queries == 25
+
+
+@pytest.mark.skipif(library(torch.float32) is None, reason="no C++ compiler here")
+def test_models_of_one_kind_go_through_the_kernels_at_once_unless_somebody_looks_inside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    models = [cnn(FORM.shape, 3, channels=(3, 4), features=6) for _ in range(3)]
+    together = ModelsGuide(models)
+    x = torch.rand(37, 1, 8, 8)
+
+    def asked(ask: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        given = x.clone().requires_grad_(True)
+        (out := ask(given)).square().sum().backward()
+        assert given.grad is not None
+        return out.detach(), given.grad
+
+    def one_by_one(given: Tensor) -> Tensor:
+        return torch.stack([model(given) for model in models])
+
+    for got, want in zip(asked(together.each), asked(one_by_one), strict=True):
+        assert torch.allclose(got, want, atol=1e-5)
+    calls: list[nn.Module] = []
+    plain = nn.Module.__call__
+
+    def counted(model: nn.Module, given: Tensor) -> Tensor:
+        calls.extend([model] if model in models else [])
+        found: Tensor = plain(model, given)
+        return found
+
+    monkeypatch.setattr(nn.Module, "__call__", counted)
+    together.each(x)
+    assert not calls
+    with together.statistics("dense"):
+        together.each(x)
+    assert len(calls) == 3
+    mixed = ModelsGuide([*models, mlp(FORM.shape, 3)])
+    assert mixed.each(x).shape == (4, 37, 3) and len(calls) == 6
+
+
+def test_a_steps_gradient_is_clipped() -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    for clip, moved in ((None, 6.0), (2.0, 2.0), (60.0, 6.0)):
+        weight.data.zero_()
+        fit = Fit(lr=1.0, momentum=0.0, weight_decay=0.0, clip=clip)
+        fit.descend((weight * torch.tensor([2.0, 4.0, 4.0])).sum(), fit.build([weight]))
+        assert torch.allclose(weight.norm(), torch.tensor(moved))
 
 
 def test_a_teacher_becomes_the_guide_that_it_can_be() -> None:
