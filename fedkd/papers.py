@@ -140,17 +140,20 @@ def run(
     source = Source.read(path)
     table = source.table
     chosen = tuple(seeds) if seeds else table.seeds
+    # Rows that differ in nothing but what they measure share their runs.
+    settings = [source.raw(row) for row in table.rows]
+    first = [settings.index(raw) for raw in settings]
     points = [
-        ({"row": i, "seed": s}, _shrunk(source, row, s) if small else source.experiment(row, s))
-        for i, row in enumerate(table.rows)
+        ({"row": i, "seed": s}, _shrunk(source, table.rows[i], s) if small else source.experiment(table.rows[i], s))
+        for i in dict.fromkeys(first)
         for s in chosen
     ]
     # Other settings are another sweep, so that nothing is taken for a result that is none.
     digest = hashlib.sha256("\n".join(point.dump() for _, point in points).encode()).hexdigest()[:12]
-    found = measure(points, out / path.stem / digest, jobs)
+    found = dict(zip(dict.fromkeys(first), measure(points, out / path.stem / digest, jobs), strict=True))
     rows = [
-        {"label": row.label, "measure": row.measure, "published": row.published, **one}
-        for row, one in zip(table.rows, found, strict=True)
+        {"label": row.label, "measure": row.measure, "published": row.published, **found[i]}
+        for row, i in zip(table.rows, first, strict=True)
     ]
     made = versions() | {"git_revision": git_revision() or "unknown"}
     return {"title": table.title, "seeds": list(chosen), "versions": made, "rows": rows}
