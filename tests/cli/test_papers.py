@@ -63,8 +63,30 @@ def table(folder: Path, **more: Any) -> Path:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_table_holds_valid_experiments_with_names_of_their_own(path: Path) -> None:
     source = papers.Source.read(path)
-    dumps = [source.experiment(row, 1).dump() for row in source.table.rows]
+    dumps = [(source.experiment(row, 1).dump(), row.measure) for row in source.table.rows]
     assert len(set(dumps)) == len(dumps) and len(source.table.seeds) >= 3
+
+
+def test_rows_that_differ_in_what_they_measure_alone_share_their_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = table(tmp_path), []
+    raw = papers.Source.read(path).table.model_dump(mode="json")
+    raw["rows"] = [{"label": n, "measure": n, "set": {}} for n in ("student", "ensemble")]
+    raw["rows"].append({"label": "more", "set": {"rounds": 2}})
+    path.write_text(json.dumps(raw))
+
+    def measure(points: Any, *more: Any) -> list[dict[str, Any]]:
+        asked.extend(where["row"] for where, _ in points)
+        return [{"n": n} for n in range(2)]
+
+    monkeypatch.setattr(papers, "measure", measure)
+    found = papers.run(path, tmp_path)["rows"]
+    assert set(asked) == {0, 2} and [(r["label"], r["n"]) for r in found] == [
+        ("student", 0),
+        ("ensemble", 0),
+        ("more", 1),
+    ]
 
 
 def test_a_table_is_written_between_its_marks_and_nothing_else_is_touched(tmp_path: Path) -> None:
