@@ -20,7 +20,7 @@ from fedkd.distill.loop import Batch, Epoch, Fit, Loop, Records
 from fedkd.distill.taps import unknown_path
 from fedkd.distill.terms import SigmoidRamp
 from fedkd.errors import ConfigError
-from fedkd.losses import KD, CrossEntropy
+from fedkd.losses import KD, UNKNOWN, CrossEntropy
 from fedkd.seeding import key
 
 
@@ -321,4 +321,6 @@ def mutual(
 def _labels(data: Records) -> Tensor:
     if data.y is None or data.size < 2:
         raise ConfigError("students without a teacher need labelled records, at least 2")
+    if bool((data.y == UNKNOWN).any()):
+        raise ConfigError("students without a teacher need a label of every record: leave out those that have none")
     return data.y

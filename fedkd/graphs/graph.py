@@ -44,6 +44,14 @@ class Graph:
     def __post_init__(self) -> None:
         if self.x.shape[0] != len(self.y):
             raise DataError(f"the graph has features of {self.x.shape[0]} nodes, but {len(self.y)} labels")
+        _columns(self.edges)
+        if len(self.y) and self.y.min() < 0:
+            raise DataError(f"a node has the label {int(self.y.min())}: every node needs a class from 0 on")
+        if not np.isfinite(self.x.data).all():
+            raise DataError("a feature is not finite: replace it before it is given")
+        for name, part in vars(self.split).items() if self.split is not None else ():
+            if not len(part) or part.min() < 0 or part.max() >= len(self.y):
+                raise DataError(f"the {name} part of the split is empty, or names a node that is not there")
         if self.edges.size and (self.edges.min() < 0 or self.edges.max() >= len(self.y)):
             raise DataError(f"an edge leads to node {int(self.edges.max())}, the graph has {len(self.y)}")
 
@@ -165,6 +173,12 @@ def _csr_form(held: dict[str, NDArray[Any]]) -> Graph:
 
 def unique_edges(pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return undirected pairs [2, E] once each, without loops."""
+    _columns(pairs)
     low, high = pairs.min(0), pairs.max(0)
     found: NDArray[np.int64] = np.unique(np.stack([low, high])[:, low != high], axis=1)
     return found
+
+
+def _columns(edges: NDArray[np.int64]) -> None:
+    if edges.ndim != 2 or edges.shape[0] != 2:
+        raise DataError(f"edges have the shape {list(edges.shape)}: expected [2, E], one edge in a column")

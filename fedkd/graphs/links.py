@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkd.distill.loop import Batch, Best, Epoch, Fit, Loop
+from fedkd.errors import DataError
 from fedkd.graphs.graph import Graph
 from fedkd.graphs.models import GraphNet, NodeMLP, mean_adjacency
 from fedkd.graphs.positions import walks
@@ -32,9 +33,15 @@ class LinkSplit:
 
 
 def split_links(graph: Graph, validation: float, test: float, rng: np.random.Generator) -> LinkSplit:
-    """Draw shares of the edges for validation and test, and as many pairs without an edge for each."""
+    """Draw shares of the edges for validation and test, and as many pairs without an edge for each.
+
+    Raises:
+        DataError: there are too few edges for that, or too few pairs without one.
+    """
     order = rng.permutation(graph.edges.shape[1])
     v, t = round(validation * len(order)), round(test * len(order))
+    if min(v, t, len(order) - v - t) < 2:
+        raise DataError(f"{len(order)} edges are too few for validation, test and training")
     none = _no_edges(graph, v + t, rng)
     edges = graph.edges[:, order]
     return LinkSplit(edges[:, v + t :], edges[:, :v], edges[:, v : v + t], none[:, :v], none[:, v:])
@@ -42,6 +49,11 @@ def split_links(graph: Graph, validation: float, test: float, rng: np.random.Gen
 
 def _no_edges(graph: Graph, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
     nodes = len(graph)
+    free = nodes * (nodes - 1) // 2 - graph.edges.shape[1]
+    if free < 2 * count:
+        raise DataError(
+            f"the graph is nearly complete: {free} pairs are without an edge, and {count} are to be drawn of them"
+        )
     taken = set((graph.edges[0] * nodes + graph.edges[1]).tolist())
     found: list[int] = []
     while len(found) < count:

@@ -79,6 +79,33 @@ def test_both_npz_forms_are_read(tmp_path: Path) -> None:
         read_graph(tmp_path / "d.npz")
 
 
+def test_a_graph_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    graph = blocks(40)
+    rows = np.ascontiguousarray(graph.edges.T)
+    with pytest.raises(DataError, match=r"expected \[2, E\]"):
+        graph.with_edges(rows)
+    flat = {"indptr": graph.x.indptr, "indices": graph.x.indices, "data": graph.x.data, "shape": graph.x.shape}
+    np.savez(tmp_path / "rows.npz", **flat, labels=graph.y, edges=rows)
+    with pytest.raises(DataError, match=r"expected \[2, E\]"):
+        read_graph(tmp_path / "rows.npz")
+    with pytest.raises(DataError, match="label -1"):
+        Graph(graph.x, np.where(np.arange(40) == 3, -1, graph.y), graph.edges)
+    broken = graph.x.copy()
+    broken.data[0] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        Graph(broken, graph.y, graph.edges)
+    np.savez(
+        tmp_path / "split.npz", **flat, labels=graph.y, edges=graph.edges, train_idx=[1], val_idx=[40], test_idx=[2]
+    )
+    with pytest.raises(DataError, match="validation part of the split"):
+        read_graph(tmp_path / "split.npz")
+    full = graph.with_edges(np.stack(np.triu_indices(40, 1)))
+    with pytest.raises(DataError, match="nearly complete"):
+        split_links(full, 0.05, 0.2, np.random.default_rng(1))
+    with pytest.raises(DataError, match="too few for validation"):
+        split_links(graph.with_edges(graph.edges[:, :9]), 0.05, 0.2, np.random.default_rng(1))
+
+
 def test_the_largest_component_is_kept() -> None:
     graph = Graph(sparse.eye(6, format="csr", dtype=np.float32), np.arange(6), np.array([[0, 1, 4], [1, 5, 2]]))
     kept = graph.largest_component()
