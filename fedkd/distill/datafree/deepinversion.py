@@ -60,10 +60,10 @@ class _Inversion(Maker):
 
     def make(self, student: nn.Module) -> Tensor:
         how, best = self.settings, Best()
-        if self.form.low is None:
-            x = torch.randn(how.batch_size, *self.form.shape)
-        else:
+        if self.form.low is None or self.form.high is None:
             x = self.form.noise(how.batch_size)
+        else:
+            x = self.form.low + (self.form.high - self.form.low) * torch.rand(how.batch_size, *self.form.shape)
         x.requires_grad_(True)
         y = labels(how.batch_size, self.form.classes)
         optimizer = torch.optim.Adam([x], how.lr, betas=(0.5, 0.99))
