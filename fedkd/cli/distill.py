@@ -46,7 +46,7 @@ def distill(
     from fedkd.simulate import fresh_folder, last_folder
 
     def watch(stage: str, epoch: Epoch, epochs: int) -> None:
-        parts = ", ".join(f"{name} {value:.4g}" for name, value in epoch.terms.items())
+        parts = ", ".join(f"{k} {v:,.0f}" if k == "queries" else f"{k} {v:.4g}" for k, v in epoch.terms.items())
         out.print(f"{stage}  epoch {epoch.epoch + 1}/{epochs}  loss {epoch.total:.4g}  ({parts})", highlight=False)
 
     folder: Path | None = None

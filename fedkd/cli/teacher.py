@@ -30,16 +30,20 @@ def init(
     host: Annotated[list[str] | None, typer.Option(help="Name or address that callers use; may be repeated.")] = None,
     caller: Annotated[list[str] | None, typer.Option(help="A caller's name; may be repeated.")] = None,
     listen: Annotated[str, typer.Option(help="Address and port of the service.")] = "127.0.0.1:7443",
+    mutual: Annotated[bool, typer.Option("--mutual", help="Callers show a certificate beside their token.")] = False,
 ) -> None:
     """Make a policy with a certificate and a token per caller, to be edited and served."""
     from fedkd.cli.main import out
     from fedkd.teacher.kit import make_kit
 
-    tokens = make_kit(folder, ["localhost", "127.0.0.1", *(host or ())], caller or ["alice"], listen)
+    tokens = make_kit(folder, ["localhost", "127.0.0.1", *(host or ())], caller or ["alice"], listen, mutual)
     out.print(f"policy  {folder / 'policy.yaml'}", highlight=False, soft_wrap=True)
     for name, path in tokens.items():
+        shown = f", {folder / 'certificates' / name}.crt and .key" if mutual else ""
         out.print(
-            f"token of {name}  {path} (give it to {name}, with {folder / 'ca.crt'})", highlight=False, soft_wrap=True
+            f"token of {name}  {path} (give it to {name}, with {folder / 'ca.crt'}{shown})",
+            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -82,6 +86,7 @@ def serve(
         name = "localhost" if host in ("127.0.0.1", "[::1]") else host
         folder = policy.resolve().parent
         words = [f"token={p}" for p in sorted((folder / "tokens").glob("*"))[:1]]
+        words += [f"cert={p}&key={p.with_suffix('.key')}" for p in sorted((folder / "certificates").glob("*.crt"))[:1]]
         if rules.tls is not None and (folder / "ca.crt").is_file():
             words.insert(0, f"ca={folder / 'ca.crt'}")
         scheme = "grpc" if rules.tls is None else "grpcs"

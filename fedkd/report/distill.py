@@ -65,18 +65,22 @@ def _headline(summary: dict[str, Any]) -> Section:
         entries.append(("Agreement", percent(summary["agreement"]), "of the inputs learnt on"))
     if summary.get("queries") is not None:
         entries.append(("Queries", f"{summary['queries']:,}", "inputs that the teacher answered"))
+    if summary.get("paid") is not None:
+        entries.append(("Paid", f"{summary['paid']:,}", "different inputs, charged by the service"))
     entries.append(("Time", duration(summary.get("seconds")), counted(len(summary["log"]), "epoch")))
     return Section(title="In short", body=tiles(entries), wide=True)
 
 
 def _limits(summary: dict[str, Any]) -> Section | None:
-    if not summary.get("method"):
-        return None
-    text = (
-        "No record was read, but the teacher learnt from records: what is made from it can look like them, and tells of "
-        "them what the teacher does. No epsilon covers the student or the inputs beyond one that covers the teacher."
-    )
-    return Section(title="Limits", body=paragraph(text), wide=True)
+    texts = []
+    if summary.get("method"):
+        texts.append(
+            "No record was read, but the teacher learnt from records: what is made from it can look like them, and tells of "
+            "them what the teacher does. No epsilon covers the student or the inputs beyond one that covers the teacher."
+        )
+    if summary.get("told"):
+        texts.append(f"What the service says of its answers: {summary['told']}.")
+    return Section(title="Limits", body="".join(map(paragraph, texts)), wide=True) if texts else None
 
 
 def _loss(summary: dict[str, Any]) -> Section | None:

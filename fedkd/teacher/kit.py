@@ -1,4 +1,7 @@
-"""A folder that lets a teacher be served at once: a private CA, a certificate, a policy, and a token per caller."""
+"""A folder that lets a teacher be served at once: a private CA, a certificate, a policy, and a token per caller.
+
+For mutual TLS each caller gets a certificate too.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,28 @@ from pathlib import Path
 
 import yaml
 
-from fedkd.deploy.ca import SERVER, Authority, certificate_pem, key_pem, new_key
+from fedkd.deploy.ca import CLIENT, SERVER, Authority, certificate_pem, key_pem, new_key
 from fedkd.errors import ConfigError
 from fedkd.storage import write_atomic
-from fedkd.teacher.policy import Policy, new_token, token_hash
+from fedkd.teacher.policy import CallerConfig, Policy, new_token, token_hash
 
 DAYS = 90
 
 
-def make_kit(folder: Path, hosts: Sequence[str], callers: Sequence[str], listen: str) -> dict[str, Path]:
+def make_kit(
+    folder: Path, hosts: Sequence[str], callers: Sequence[str], listen: str, mutual: bool = False
+) -> dict[str, Path]:
     """Make ``folder`` with policy.yaml, ca.crt, server.crt, server.key and tokens/NAME; return each caller's token file.
+
+    ``mutual``: also certificates/NAME.crt and NAME.key, without which nobody may even ask for the service's health.
 
     The authority's key is not kept: it has signed all that it was made for.
 
     Raises:
-        ConfigError: the folder is there already and holds something.
+        ConfigError: the folder is there already and holds something, or a caller's name is none.
     """
+    for name in callers:
+        CallerConfig(name=name, token_sha256=token_hash(""))
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: choose another folder, or serve with --policy {folder}/policy.yaml")
     authority, key = Authority.new("fedkd teacher"), new_key()
@@ -33,13 +42,22 @@ def make_kit(folder: Path, hosts: Sequence[str], callers: Sequence[str], listen:
     write_atomic(folder / "ca.crt", certificate_pem(authority.certificate))
     write_atomic(folder / "server.crt", certificate_pem(leaf))
     _secret(folder / "server.key", key_pem(key))
-    tokens, known = {}, []
+    tokens: dict[str, Path] = {}
+    known: list[dict[str, object]] = []
     for name in callers:
         token = new_token()
         tokens[name] = folder / "tokens" / name
         _secret(tokens[name], token.encode() + b"\n")
         known.append({"name": name, "token_sha256": token_hash(token), "queries": 100_000})
-    raw = {"listen": listen, "tls": {"certificate": "server.crt", "key": "server.key"}, "callers": known}
+        if mutual:
+            own = new_key()
+            shown = authority.leaf(name, own.public_key(), usage=CLIENT, days=DAYS)
+            (folder / "certificates").mkdir(exist_ok=True, mode=0o700)
+            write_atomic(folder / "certificates" / f"{name}.crt", certificate_pem(shown))
+            _secret(folder / "certificates" / f"{name}.key", key_pem(own))
+            known[-1]["certificate"] = name
+    tls = {"certificate": "server.crt", "key": "server.key"} | ({"client_ca": "ca.crt"} if mutual else {})
+    raw = {"listen": listen, "tls": tls, "callers": known}
     Policy.model_validate(raw)
     write_atomic(folder / "policy.yaml", yaml.safe_dump(raw, sort_keys=False).encode())
     return tokens

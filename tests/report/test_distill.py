@@ -87,3 +87,11 @@ def test_colours_are_kept() -> None:
     image = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
     found = pixels(png(strip(image)))
     assert (found[:, :5] == image[0].transpose(1, 2, 0)).all() and (found[:, 6:] == image[1].transpose(1, 2, 0)).all()
+
+
+def test_what_a_service_was_paid_and_says_is_told(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"paid": 4321, "told": "soft labels; epsilon infinity <x>"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "4,321" in text and "What the service says of its answers: soft labels; epsilon infinity &lt;x&gt;." in text

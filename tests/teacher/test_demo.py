@@ -12,12 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fedkd.cli.main import app
+from fedkd.distill import ModuleTeacher
 from fedkd.distill.run import start
 from fedkd.errors import ConfigError
+from fedkd.teacher.client import RemoteError, RemoteTeacher
 from fedkd.teacher.kit import make_kit
+from fedkd.teacher.policy import load_policy
+from fedkd.teacher.service import TeacherService
 from fedkd.teacher.sources import open_teacher
 
 
@@ -91,3 +96,23 @@ def test_teachers_that_say_too_little_are_refused(tmp_path: Path, monkeypatch: p
             open_teacher(names, None, more, None)
     with pytest.raises(ConfigError, match="not empty"):
         make_kit(tmp_path, ["localhost"], ["a"], "127.0.0.1:1")
+
+
+def test_a_kit_for_mutual_tls_is_ready_to_be_served(taught: ModuleTeacher, tmp_path: Path) -> None:
+    kit = tmp_path / "kit"
+    done = CliRunner().invoke(app, ["teacher", "init", str(kit), "--caller", "bob", "--caller", "eve", "--mutual",
+                                    "--listen", "127.0.0.1:0"])  # fmt: skip
+    assert done.exit_code == 0 and "bob.crt and .key" in done.output
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in kit.glob("certificates/*.key"))
+    with TeacherService(taught, (1, 8, 8), load_policy(kit / "policy.yaml")) as service:
+
+        def ask(token: str, certificate: str) -> int:
+            pair = f"&cert={kit}/certificates/{certificate}.crt&key={kit}/certificates/{certificate}.key"
+            remote = RemoteTeacher(f"grpcs://localhost:{service.port}?ca={kit}/ca.crt&token={kit}/tokens/{token}{pair}")
+            return len(remote.logits(torch.rand(2, 1, 8, 8)))
+
+        assert ask("bob", "bob") == 2
+        with pytest.raises(RemoteError, match="unauthenticated"):
+            ask("bob", "eve")
+    refused = CliRunner().invoke(app, ["teacher", "init", str(tmp_path / "other"), "--caller", "../bob"])
+    assert refused.exit_code != 0 and not (tmp_path / "other").exists()

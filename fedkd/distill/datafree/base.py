@@ -168,7 +168,8 @@ class Synthesizer(ABC):
         if self.looks_inside and not guide.differentiable:
             raise ConfigError(
                 f"{self.name} needs gradients through the teacher, and this one only answers: use a method for a black "
-                "box, such as ideal or dfme, or a teacher whose weights are at hand (.safetensors, .pt)"
+                "box, such as ideal or dfme, or a teacher whose weights are at hand (.safetensors, .pt; several of them "
+                "need mix=logits)"
             )
         if self.norms:
             guide.statistics(self.name).close()

@@ -10,8 +10,10 @@ Defaults are those of a public comparison on CIFAR-10: 1,000 steps of Adam at 0.
 JS at temperature 3, batch 256, then 400 steps of the student per batch by KL at T = 20, SGD 0.1, 200 epochs; R34 -> R18
 93.26 there (the paper runs 2,000 steps). The teacher needs batch normalisation.
 
-Deviations: the pool starts empty and grows by a batch per epoch, as in that comparison; views are mirrored only if ``flip``
-says so, because digits and letters are not themselves in a mirror.
+Deviations: the pool starts empty and grows by a batch per epoch, as in that comparison; its term on the student's own
+statistics (0.001 times theirs, which it subtracts) is left out; pixels start uniform within their bounds; views are rolled by
+``shift`` pixels where it takes an eighth of the side, and mirrored only if ``flip`` says so, because digits and letters are
+not themselves in a mirror.
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def test_a_teacher_becomes_the_guide_that_it_can_be() -> None:
     assert torch.allclose(mixed(x), EnsembleTeacher(members, "logits").logits(x), atol=1e-6)
     answers = guide(EnsembleTeacher(members, "probabilities"))
     assert isinstance(answers, AnswersGuide) and not answers.differentiable
-    with pytest.raises(ConfigError, match="only answers: use a method for a black box"):
+    with pytest.raises(
+        ConfigError, match=r"only answers: use a method for a black box.*several of them need mix=logits"
+    ):
         DataFree(mlp(FORM.shape, 3), answers, build("dfad"), FORM)
     DataFree(mlp(FORM.shape, 3), answers, build("noise"), FORM)
 
