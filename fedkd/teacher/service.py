@@ -7,6 +7,7 @@ import hmac
 import json
 import logging
 import math
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -175,6 +176,9 @@ class TeacherService:
                 except OverBudget as cause:
                     refusal = _over_budget(caller, asked, cause)
                     context.abort(refusal.code, refusal.why)
+                except sqlite3.Error as cause:
+                    log.error(json.dumps({"event": "accounts", "caller": caller.name, "why": str(cause)}))
+                    context.abort(grpc.StatusCode.INTERNAL, "the service cannot write its accounts: nothing is charged")
                 _log("answered", caller.name, asked=asked, charged=answered.charged)
                 yield from stream.send(pb.Reply(id=question, probabilities=found.tobytes()))
         finally:
@@ -205,6 +209,11 @@ class TeacherService:
             except LedgerError as cause:
                 log.error(json.dumps({"event": "ledger", "caller": caller.name, "why": str(cause)}))
                 yield _Refusal(grpc.StatusCode.FAILED_PRECONDITION, "the service's privacy ledger cannot be written")
+                return
+            except Exception as cause:
+                # Its words may quote inputs: they are neither logged nor sent.
+                log.error(json.dumps({"event": "failed", "caller": caller.name, "what": type(cause).__name__}))
+                yield _Refusal(grpc.StatusCode.INTERNAL, "the service failed on these inputs: no query is charged")
                 return
             yield question, len(hashes), answered
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from fedkd.distill.teachers import (
     EnsembleTeacher,
@@ -16,6 +17,7 @@ from fedkd.distill.teachers import (
     load_teacher,
 )
 from fedkd.errors import ConfigError
+from fedkd.labeller import class_probabilities
 from fedkd.named import imported
 
 
@@ -49,7 +51,25 @@ def open_teacher(
     form = shapes[0] if shapes else shape
     if form is None:
         raise ConfigError("no file tells the shape of one input: give --shape, such as 1x28x28")
-    return (found[0] if len(found) == 1 else EnsembleTeacher([(t, 1.0) for t in found])), form
+    teacher = found[0] if len(found) == 1 else EnsembleTeacher([(t, 1.0) for t in found])
+    for name, one in zip(models, found, strict=True):
+        _tried(name, one, form)
+    return teacher, form
+
+
+def _tried(name: str, teacher: Teacher, form: tuple[int, ...]) -> None:
+    """Let a teacher answer before callers pay for it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        answer = teacher.logits(torch.zeros(2, *form))
+    except Exception as cause:
+        why = " ".join(str(cause).split())[:200]
+        raise ConfigError(f"teacher {name} cannot answer a batch of 2 inputs {list(form)}: {why}") from cause
+    if tuple(answer.shape) != (2, teacher.classes):
+        raise ConfigError(f"teacher {name} gave {list(answer.shape)} for 2 inputs, expected {[2, teacher.classes]}")
 
 
 def _imported(name: str, shape: tuple[int, ...] | None, classes: int | None) -> Teacher:
@@ -62,7 +82,10 @@ def _imported(name: str, shape: tuple[int, ...] | None, classes: int | None) -> 
         raise ConfigError(f"teacher {name!r} does not say what it takes and gives: add --shape and --classes")
     # What it answers to a fixed probe names it: a fitted object has no bytes of its own to hash.
     probe = np.random.default_rng(0).normal(size=(16, int(np.prod(shape)))).astype(np.float32)
-    identity = hashlib.sha256(
-        name.encode() + np.ascontiguousarray(made.predict_proba(probe), "<f8").tobytes()
-    ).hexdigest()
+    try:
+        said = class_probabilities(made, probe, count)
+    except Exception as cause:
+        why = " ".join(str(cause).split())[:200]
+        raise ConfigError(f"teacher {name} cannot answer inputs {list(shape)} with {count} classes: {why}") from cause
+    identity = hashlib.sha256(name.encode() + np.ascontiguousarray(said, "<f8").tobytes()).hexdigest()
     return PredictorTeacher(made, count, identity, shape)

@@ -91,9 +91,12 @@ def test_teachers_that_say_too_little_are_refused(tmp_path: Path, monkeypatch: p
         (["mine:wrong"], (1, 8, 8), "predict_proba"),
         (["mine:gone"], (1, 8, 8), "cannot be imported"),
         (["gone.safetensors"], None, "cannot read"),
+        (["mine:make"], (2, 2), r"cannot answer inputs \[2, 2\] with 10 classes: X has 4 features"),
     ):
         with pytest.raises(ConfigError, match=says):
             open_teacher(names, None, more, None)
+    with pytest.raises(ConfigError, match="with 7 classes: predict_proba gave 10 columns"):
+        open_teacher(["mine:make"], None, (1, 8, 8), 7)
     with pytest.raises(ConfigError, match="not empty"):
         make_kit(tmp_path, ["localhost"], ["a"], "127.0.0.1:1")
 
@@ -116,3 +119,14 @@ def test_a_kit_for_mutual_tls_is_ready_to_be_served(taught: ModuleTeacher, tmp_p
             ask("bob", "eve")
     refused = CliRunner().invoke(app, ["teacher", "init", str(tmp_path / "other"), "--caller", "../bob"])
     assert refused.exit_code != 0 and not (tmp_path / "other").exists()
+
+
+def test_a_file_that_takes_one_input_at_a_time_is_refused_before_it_is_served(
+    taught: ModuleTeacher, tmp_path: Path
+) -> None:
+    file = tmp_path / "one.onnx"
+    torch.onnx.export(
+        taught.module.eval(), (torch.rand(1, 1, 8, 8),), file, dynamo=True, external_data=False, verbose=False
+    )
+    with pytest.raises(ConfigError, match=r"one\.onnx cannot answer a batch of 2 inputs"):
+        open_teacher([str(file)], None, None, None)

@@ -184,6 +184,38 @@ def test_a_refused_caller_that_keeps_its_stream_open_holds_nobody_up(
         assert not any(t.name.startswith("ahead") for t in threading.enumerate())
 
 
+def test_a_teacher_that_fails_tells_nothing_of_the_inputs_and_charges_nothing(
+    taught: ModuleTeacher, digits: Digits, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(ModuleTeacher):
+        def logits(self, x: Tensor) -> Tensor:
+            raise ValueError(f"private {x.sum()}")
+
+    with running(Broken(taught.module, 10, (1, 8, 8)), policy(tmp_path)) as service:
+        with pytest.raises(RemoteError, match="internal: the service failed on these inputs: no query is charged"):
+            RemoteTeacher(url(service, tmp_path)).logits(digits[0][:5])
+        assert service.accounts.spent("alice") == 0
+    assert "private" not in caplog.text and '"what": "ValueError"' in caplog.text
+
+
+def test_accounts_that_cannot_be_written_end_the_answers(
+    taught: ModuleTeacher, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(taught, policy(tmp_path)) as service:
+        remote = RemoteTeacher(url(service, tmp_path))
+
+        def full(*_: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(service.accounts, "_write", full)
+            with pytest.raises(
+                RemoteError, match="internal: the service cannot write its accounts: nothing is charged"
+            ):
+                remote.logits(digits[0][:5])
+        assert remote.paid == 0 and service.accounts.spent("alice") == 0
+
+
 def test_the_rate_is_held_and_waited_for(taught: ModuleTeacher, tmp_path: Path, quick: None) -> None:
     with running(taught, policy(tmp_path, caller(rate=2000))) as service:
         remote = RemoteTeacher(url(service, tmp_path), batch=500)
