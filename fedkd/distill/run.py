@@ -67,7 +67,13 @@ def start(experiment: DistillExperiment, folder: Path, watch: Watch | None = Non
     work = _work(experiment, folder, watch)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / CONFIG, experiment.dump().encode())
-    return work()
+    try:
+        return work()
+    except ConfigError:
+        # Refused before anything was learnt: nothing is there to go on with, and the folder may be used again.
+        if not any((folder / "checkpoints").glob("*")):
+            (folder / CONFIG).unlink()
+        raise
 
 
 def resume(folder: Path, watch: Watch | None = None) -> Distilled:

@@ -107,6 +107,17 @@ def test_an_interrupted_run_goes_on_bit_for_bit(teacher: Path, tmp_path: Path) -
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_run_that_was_refused_leaves_its_folder_free(teacher: Path, tmp_path: Path) -> None:
+    words = [f"teacher={teacher}", "student=logreg", "data=none", "training.epochs=1", "training.batch_size=16"]
+    for method, says in (("cmi", "no batch normalisation"), ("{name: dafl, features: nowhere}", "no layer 'nowhere'")):
+        with pytest.raises(ConfigError, match=says):
+            start(load(None, [*words, f"method={method}"])[0][1], tmp_path / "run")
+    right = [*words, "method={name: zskt, batch_size: 16, width: 4, makes_per_epoch: 2}"]
+    start(load(None, right)[0][1], tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        start(load(None, right)[0][1], tmp_path / "run")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_told(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="finds no GPU"):
