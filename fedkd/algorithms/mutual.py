@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from fedkd.algorithms.base import Algorithm, Batch, Heard, Phase
-from fedkd.distill.taps import Taps
 from fedkd.distill.terms import Term, TermConfig, between_nets, refuse_parts
+from fedkd.errors import ConfigError
 from fedkd.payloads import Payload, Weights
 
 if TYPE_CHECKING:
@@ -48,8 +49,21 @@ class MutualLearning(Algorithm, ABC):
         return tuple(config.term for config in self.terms)
 
     def check(self, architectures: Mapping[str, Architecture]) -> None:
-        for architecture in architectures.values():
-            Taps(architecture.template.inner, [p for term in self.learnt for p in term.teacher_paths])
+        """Try the terms on two records, of a device's own model with itself: layers, and what losses ask of shapes."""
+        from fedkd.nets import Net
+
+        for architecture in architectures.values() if self.terms else ():
+            net = Net({"model": architecture}, {"model": architecture.initial(0)})
+            net.mode(training=False)
+            x, labels = torch.zeros(2, *architecture.shape, dtype=architecture.dtype), torch.zeros(2, dtype=torch.int64)
+            for term in self.learnt:
+                with torch.no_grad():
+                    logits, told = net.read(x, term.teacher_paths)
+                own = dict(zip(term.student_paths, told.values(), strict=True))
+                try:
+                    between_nets([term], (logits, own), (logits, told), labels, logits.new_full((2,), 0.5), 0)
+                except ValueError as cause:
+                    raise ConfigError(f"term {term.name}: {cause}") from cause
 
     def plan(self, heard: Heard) -> tuple[Phase, ...]:
         loss, trains = self.private_loss, ("model", "shared")

@@ -96,7 +96,12 @@ def test_wrong_terms_are_refused_when_read(terms: list[dict[str, Any]], told: st
             build({"name": method, "terms": terms})
 
 
-def test_a_layer_that_devices_lack_is_refused_before_training() -> None:
+def test_terms_that_do_not_fit_are_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="tap a convolution"):
+        play(scene("fedkd", [{"loss": "at", "student": "body"}]), kind="serial")
+    two = {"data": {"source": "breast_cancer"}, "models": {"student": MLP, "devices": [MLP]}}
+    with pytest.raises(ConfigError, match="three classes"):
+        play(scene("fml", [{"loss": "dkd"}], **two), kind="serial")
     with pytest.raises(ConfigError, match=r"no layer 'body.22'"):
         play(scene("fml", [{"loss": "at", "student": "body.2", "teacher": "body.22"}]), kind="serial")
 
