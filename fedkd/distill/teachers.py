@@ -277,7 +277,8 @@ def _module(
         module.load_state_dict(weights)
     except RuntimeError as cause:
         raise ConfigError(f"the weights of {path} do not fit {model}: {' '.join(str(cause).split())[:300]}") from cause
-    return ModuleTeacher(module, classes, shape)
+    # Nobody trains it, and a service asks it from several threads at once, of which none may change its mode.
+    return ModuleTeacher(module.eval().requires_grad_(False), classes, shape)
 
 
 def _bytes(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -367,3 +368,15 @@ def test_a_teacher_stays_as_it_is() -> None:
         assert parameter.requires_grad == before[name][0] and torch.equal(parameter, before[name][1])
         assert parameter.grad is None
     assert all(torch.equal(b, buffers[n]) for n, b in net.named_buffers()), "it answers in evaluation mode"
+
+
+def test_a_teacher_from_a_file_answers_many_threads(tmp_path: Path) -> None:
+    """Its mode is evaluation once and for all: a thread that came back must not switch another's dropout on."""
+    net = model("mlp(hidden=[16], dropout=0.5)", 1)
+    torch.save(net.state_dict(), tmp_path / "t.pt")
+    told = load_teacher(tmp_path / "t.pt", (1, 8, 8), 10, "mlp(hidden=[16], dropout=0.5)")
+    assert isinstance(told, ModuleTeacher) and not any(m.training for m in told.module.modules())
+    x, _ = digits()
+    wanted = told.logits(x[:200])
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, wanted) for found in pool.map(lambda _: told.logits(x[:200]), range(40)))
