@@ -24,7 +24,7 @@ from fedkd.distill.teachers import Teacher, log_probabilities
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.teacher import teacher_pb2 as pb
 from fedkd.teacher.accounts import content_hashes
-from fedkd.teacher.service import SERVICE
+from fedkd.teacher.service import IDENTITY, SERVICE
 
 TRIES, FIRST_WAIT_SECONDS, CALL_SECONDS = 6, 0.2, 120.0
 # A service that asks for more patience than this is not believed.
@@ -70,6 +70,8 @@ class RemoteTeacher(Teacher):
         said = self._retry(lambda: self._describe(pb.DescribeRequest(), metadata=self._metadata, timeout=10))
         self.shape = tuple(int(s) for s in said.shape)
         self.classes, self.identity = int(said.classes), str(said.identity)
+        if not re.fullmatch(r"[\w.-]{1,256}", self.identity, re.ASCII):
+            raise RemoteError(f"{self._url} gives no name to its teacher: no teacher can be so")
         self.answers = _plain(str(said.answers))
         self.queries_left = int(said.queries_left) if said.HasField("queries_left") else None
         self.epsilon = float(said.epsilon) if said.HasField("epsilon") else None
@@ -166,7 +168,9 @@ class RemoteTeacher(Teacher):
         # One deadline for a stream of any length would be wrong: it grows with what is asked.
         timeout = CALL_SECONDS + 0.5 * len(rows) / self._batch
         stream = itertools.chain([first], questions)
-        call = self._answer(stream, metadata=self._metadata, timeout=timeout)
+        # A service that came back as another one refuses, rather than be paid for answers that are kept as the old one's.
+        metadata = [*self._metadata, (IDENTITY, self.identity)]
+        call = self._answer(stream, metadata=metadata, timeout=timeout)
         try:
             for wanted, reply in enumerate(call):
                 if not sent or reply.id != wanted:

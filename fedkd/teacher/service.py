@@ -11,10 +11,13 @@ import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+from cryptography import x509
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
@@ -29,6 +32,8 @@ from fedkd.teacher.private import LEDGER
 from fedkd.teacher.streams import STRANGERS, Busy, Guarded, Streams
 
 SERVICE = "fedkd.teacher.v1.Teacher"
+IDENTITY = "fedkd-identity"
+"""Metadata by which a caller of ``Answer`` says whose answers it wants: ``Description.identity``."""
 INPUT_CAP = 1e6
 # Of strangers: streams at once, and seconds in which the one message of each must be there.
 STRANGERS_MOST, STRANGERS_SECONDS = 8, 2.0
@@ -129,6 +134,7 @@ class TeacherService:
                 port: int = self._server.add_insecure_port(self.policy.listen)
             else:
                 pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+                _valid(tls.certificate, pair[1])
                 roots = tls.client_ca.read_bytes() if tls.client_ca is not None else None
                 credentials = grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)
                 port = self._server.add_secure_port(self.policy.listen, credentials)
@@ -161,6 +167,10 @@ class TeacherService:
     def _answer(self, questions: Iterator[Any], context: Any) -> Iterator[Any]:
         """Answer in order. Three questions are at work at once: one is checked, one made, and one written and sent."""
         caller = self._caller(context)
+        if dict(context.invocation_metadata()).get(IDENTITY, self.identity) != self.identity:
+            _log("refused", caller.name, reason="another teacher")
+            why = "the service answers by another teacher or policy than was described: begin anew"
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, why)
         try:
             stream = self._streams.open(caller.name, context)
         except Busy as cause:
@@ -254,6 +264,22 @@ class TeacherService:
 class _Refusal:
     code: grpc.StatusCode
     why: str
+
+
+def _valid(path: Path, pem: bytes) -> None:
+    """Refuse a certificate that callers would refuse, and log one that soon will be such."""
+    try:
+        ends = x509.load_pem_x509_certificate(pem).not_valid_after_utc
+    except ValueError as cause:
+        raise ConfigError(f"{path} holds no certificate in PEM: {cause}") from cause
+    left = (ends - datetime.now(UTC)).total_seconds() / 86_400
+    if left <= 0:
+        raise ConfigError(
+            f"the certificate {path} ended on {ends:%Y-%m-%d}: `fedkd teacher init` makes another; put its server.crt, "
+            "server.key and ca.crt in the place of these"
+        )
+    if left < 14:
+        log.warning(json.dumps({"event": "certificate", "days_left": int(left)}))
 
 
 def _stood(caller: str) -> None:

@@ -64,6 +64,8 @@ def honest(questions: Iterator[Any], context: Any) -> Iterator[Any]:
         {"shape": [2**20, 2**20]},
         {"shape": [1] * 1000},
         {"max_batch": 0},
+        {"identity": ""},
+        {"identity": "x\ny"},
     ],
     ids=str,
 )

@@ -281,6 +281,30 @@ def test_mutual_tls_tells_callers_by_their_certificates(
         assert service.accounts.spent("alice") == 20
 
 
+def test_a_certificate_that_ended_is_refused_and_one_that_soon_will_is_told(
+    taught: ModuleTeacher, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fedkd.deploy.ca import SERVER, Authority, certificate_pem, key_pem, new_key
+
+    def tls(days: int) -> TlsConfig:
+        authority, key = Authority.new("test"), new_key()
+        leaf = authority.leaf("teacher", key.public_key(), usage=SERVER, hosts=["localhost"], days=days)
+        (tmp_path / "server.crt").write_bytes(certificate_pem(leaf))
+        (tmp_path / "server.key").write_bytes(key_pem(key))
+        return TlsConfig(certificate=tmp_path / "server.crt", key=tmp_path / "server.key")
+
+    with pytest.raises(ConfigError, match=r"server\.crt ended on .*fedkd teacher init"):
+        TeacherService(taught, (1, 8, 8), policy(tmp_path, tls=tls(-1)))
+    with running(taught, policy(tmp_path, tls=tls(90))):
+        assert "days_left" not in caplog.text
+    with running(taught, policy(tmp_path, tls=tls(7))):
+        assert '"event": "certificate", "days_left": 6' in caplog.text
+    (tmp_path / "server.crt").write_text("nonsense")
+    broken = TlsConfig(certificate=tmp_path / "server.crt", key=tmp_path / "server.key")
+    with pytest.raises(ConfigError, match="holds no certificate in PEM"):
+        TeacherService(taught, (1, 8, 8), policy(tmp_path, tls=broken))
+
+
 # ---- killed and resumed ---------------------------------------------------------------------------------------------
 ASK = """
 import sys, torch
@@ -339,6 +363,20 @@ def test_a_service_that_comes_back_is_found_again(
     finally:
         done.set()
         thread.join()
+
+
+def test_a_service_that_comes_back_as_another_is_not_believed(
+    taught: ModuleTeacher, digits: Digits, tmp_path: Path, quick: None
+) -> None:
+    with running(taught, policy(tmp_path)) as service:
+        port = service.port
+        remote = RemoteTeacher(url(service, tmp_path))
+        remote.logits(digits[0][:5])
+    other = policy(tmp_path, listen=f"127.0.0.1:{port}", answers=AnswersConfig(decimals=1))
+    with running(taught, other) as service:
+        with pytest.raises(RemoteError, match=r"failed precondition: .* by another teacher or policy"):
+            remote.logits(digits[0][:10])
+        assert remote.paid == service.accounts.spent("alice") == 5
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
