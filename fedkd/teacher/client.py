@@ -148,7 +148,11 @@ class RemoteTeacher(Teacher):
             except grpc.RpcError as cause:
                 tries = tries + 1 if before == self.asked else 1
                 self._wait_or_give_up(cause, tries)
-        answered = b"".join(known[h] for start in sorted(hashes) for h in hashes[start])
+        names = [h for start in sorted(hashes) for h in hashes[start]]
+        # A stream that ends well may have ended before the last question was even sent.
+        if len(names) < len(rows) or any(h not in known for h in names):
+            raise RemoteError(f"{self._url} ended its answers early, after {len(known)} of {len(rows)} inputs")
+        answered = b"".join(known[h] for h in names)
         found = np.frombuffer(answered, "<f4").reshape(len(x), self.classes)
         return log_probabilities(found, x.dtype)
 
