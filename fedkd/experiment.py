@@ -446,12 +446,16 @@ def _scalar(text: str) -> Any:
         raise ConfigError(f"cannot read the value {text!r}: {_first_line(cause)}") from cause
 
 
+NAMED = ("algorithm", "method")
+"""Sections that may be written as one word, their name."""
+
+
 def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     node = raw
     for part in path:
         inner = node.get(part)
-        if part == "algorithm" and isinstance(inner, str):
+        if part in NAMED and isinstance(inner, str):
             inner = {"name": inner}
         if inner is None:
             inner = {}
@@ -459,7 +463,7 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"override {key}: {part!r} is a value, not a section")
         node[part] = inner
         node = inner
-    if last == "algorithm" and isinstance(value, str) and isinstance(node.get(last), dict):
+    if last in NAMED and isinstance(value, str) and isinstance(node.get(last), dict):
         value = {"name": value}
     node[last] = value
 

@@ -28,6 +28,7 @@ from fedkd.distill.datafree.makers import GeneratorMaker
 from fedkd.distill.datafree.pool import Pool
 from fedkd.distill.loop import Fit
 from fedkd.distill.taps import Taps
+from fedkd.errors import ConfigError
 from fedkd.losses import AttentionTransfer
 
 
@@ -74,6 +75,9 @@ class _Zskt(GeneratorMaker):
         with Taps(student, layers) as taps:
             loss = self.settings.student_loss(student(self.x), self.told)
             for path in layers:
-                apart = [AttentionTransfer()(taps[path], maps[path]) for maps in self.maps]
+                try:
+                    apart = [AttentionTransfer()(taps[path], maps[path]) for maps in self.maps]
+                except ValueError as cause:
+                    raise ConfigError(f"zskt.layers names {path}, which does not serve: {cause}") from cause
                 loss = loss + self.settings.attention * torch.stack(apart).mean()
         return loss

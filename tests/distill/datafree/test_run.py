@@ -118,6 +118,14 @@ def test_a_run_that_was_refused_leaves_its_folder_free(teacher: Path, tmp_path: 
         start(load(None, right)[0][1], tmp_path / "run")
 
 
+def test_a_method_is_named_in_one_word_and_its_parameters_beside_it(teacher: Path, tmp_path: Path) -> None:
+    words = [f"teacher={teacher}", "data=none", "method=zskt", "method.width=4", "method.layers=[body]"]
+    ((_, experiment),) = load(None, [*words, "student=mlp(hidden=[64])"])
+    assert experiment.method is not None and experiment.method["name"] == "zskt" and experiment.method["width"] == 4
+    with pytest.raises(ConfigError, match=r"zskt\.layers names body, which does not serve: .* tap a convolution"):
+        start(experiment, tmp_path / "run")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_told(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="finds no GPU"):
