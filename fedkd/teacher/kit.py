@@ -13,8 +13,9 @@ import yaml
 
 from fedkd.deploy.ca import CLIENT, SERVER, Authority, certificate_pem, key_pem, new_key
 from fedkd.errors import ConfigError
+from fedkd.experiment import build
 from fedkd.storage import write_atomic
-from fedkd.teacher.policy import CallerConfig, Policy, new_token, token_hash
+from fedkd.teacher.policy import Policy, new_token, token_hash
 
 DAYS = 90
 
@@ -31,36 +32,35 @@ def make_kit(
     Raises:
         ConfigError: the folder is there already and holds something, or a caller's name is none.
     """
-    for name in callers:
-        CallerConfig(name=name, token_sha256=token_hash(""))
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: choose another folder, or serve with --policy {folder}/policy.yaml")
+    tokens = {name: new_token() for name in callers}
+    tls = {"certificate": "server.crt", "key": "server.key"} | ({"client_ca": "ca.crt"} if mutual else {})
+    known = [
+        {"name": name, "token_sha256": token_hash(tokens[name]), "queries": 100_000}
+        | ({"certificate": name} if mutual else {})
+        for name in callers
+    ]
+    raw = {"listen": listen, "tls": tls, "callers": known}
+    # Before anything is written, so that a wrong name leaves no half of a kit.
+    build(Policy, raw)
     authority, key = Authority.new("fedkd teacher"), new_key()
     leaf = authority.leaf("teacher", key.public_key(), usage=SERVER, hosts=list(dict.fromkeys(hosts)), days=DAYS)
-    (folder / "tokens").mkdir(parents=True, mode=0o700)
+    for part in ("tokens", "certificates") if mutual else ("tokens",):
+        (folder / part).mkdir(parents=True, mode=0o700)
     folder.chmod(0o700)
     write_atomic(folder / "ca.crt", certificate_pem(authority.certificate))
     write_atomic(folder / "server.crt", certificate_pem(leaf))
     _secret(folder / "server.key", key_pem(key))
-    tokens: dict[str, Path] = {}
-    known: list[dict[str, object]] = []
-    for name in callers:
-        token = new_token()
-        tokens[name] = folder / "tokens" / name
-        _secret(tokens[name], token.encode() + b"\n")
-        known.append({"name": name, "token_sha256": token_hash(token), "queries": 100_000})
+    for name, token in tokens.items():
+        _secret(folder / "tokens" / name, token.encode() + b"\n")
         if mutual:
             own = new_key()
             shown = authority.leaf(name, own.public_key(), usage=CLIENT, days=DAYS)
-            (folder / "certificates").mkdir(exist_ok=True, mode=0o700)
             write_atomic(folder / "certificates" / f"{name}.crt", certificate_pem(shown))
             _secret(folder / "certificates" / f"{name}.key", key_pem(own))
-            known[-1]["certificate"] = name
-    tls = {"certificate": "server.crt", "key": "server.key"} | ({"client_ca": "ca.crt"} if mutual else {})
-    raw = {"listen": listen, "tls": tls, "callers": known}
-    Policy.model_validate(raw)
     write_atomic(folder / "policy.yaml", yaml.safe_dump(raw, sort_keys=False).encode())
-    return tokens
+    return {name: folder / "tokens" / name for name in tokens}
 
 
 def _secret(path: Path, data: bytes) -> None:

@@ -26,7 +26,7 @@ class TlsConfig(Section):
 class CallerConfig(Section):
     """One caller: known by a token, or by the common name of its certificate (mutual TLS), or by both."""
 
-    name: str = Field(pattern=r"^[\w.@-]{1,64}$")
+    name: str = Field(pattern=r"^\w[\w.@-]{0,63}$")
     token_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of its token, in hex.")
     certificate: str | None = Field(None, description="Common name of its certificate.")
     queries: int | None = Field(None, ge=0, description="Different inputs it may ask for in all; null: no limit.")
@@ -118,8 +118,8 @@ class Policy(Section):
 
     @model_validator(mode="after")
     def _safe(self) -> Policy:
-        host = self.listen.rpartition(":")[0]
-        if not host or not self.listen.rpartition(":")[2].isdigit():
+        host, _, port = self.listen.rpartition(":")
+        if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
             raise ConfigError(f"listen is {self.listen!r}, expected address:port")
         if self.tls is None and host not in ("127.0.0.1", "localhost", "[::1]"):
             raise ConfigError(

@@ -117,8 +117,21 @@ def test_a_kit_for_mutual_tls_is_ready_to_be_served(taught: ModuleTeacher, tmp_p
         assert ask("bob", "bob") == 2
         with pytest.raises(RemoteError, match="unauthenticated"):
             ask("bob", "eve")
-    refused = CliRunner().invoke(app, ["teacher", "init", str(tmp_path / "other"), "--caller", "../bob"])
-    assert refused.exit_code != 0 and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--caller", "../bob"], "name"),
+        (["--caller", "bob", "--caller", "bob"], "two callers have one name"),
+        (["--listen", "0.0.0.0"], "expected address:port"),
+        (["--listen", "0.0.0.0:70000"], "expected address:port"),
+    ],
+)
+def test_a_kit_that_cannot_be_meant_is_not_begun(words: list[str], says: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["teacher", "init", str(tmp_path / "kit"), *words])
+    said = f"{done.output}{done.exception}"
+    assert done.exit_code != 0 and says in said and "pydantic" not in said and not (tmp_path / "kit").exists()
 
 
 def test_a_file_that_takes_one_input_at_a_time_is_refused_before_it_is_served(
