@@ -212,13 +212,13 @@ def communities(path: Path) -> None:
         (
             "nodes",
             "student",
-            ["terms: {soft: 1.0, structure: 10.0}, learn: {epochs: 99, patience: 10}, teach: {epochs: 30}"],
+            ["terms: {soft: 1.0, structure: 10.0}, learn: {epochs: 99, patience: 6}, teach: {epochs: 20}"],
         ),
-        ("links", "teacher 1", ["learn: {epochs: 20}, teach: {epochs: 20}"]),
+        ("links", "teacher 1", ["learn: {epochs: 10}, teach: {epochs: 10}"]),
         (
             "clusters",
             "student",
-            ["learn: {epochs: 40, target: 0.5}, teach: {epochs: 60}", "teacher=gcn(hidden=[16, 8])"],
+            ["learn: {epochs: 20, target: 0.5}, teach: {epochs: 40}", "teacher=gcn(hidden=[16, 8])"],
         ),
     ],
 )
@@ -243,8 +243,8 @@ def test_a_graph_is_taught(
     # Killed half-way, it goes on to the same bits.
     stages: list[tuple[str, int]] = []
     experiment = load(None, [graph, *words[1:], "student=mlp(hidden=[16])"])[0][1]
-    monkeypatch.setattr(loop, "PAUSE", 0.0)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as often, pytest.raises(KeyboardInterrupt):
+        often.setattr(loop, "PAUSE", 0.0)
         start(experiment, tmp_path / "cut", dies)
     again = resume(tmp_path / "cut", lambda stage, epoch, _: stages.append((stage, epoch.epoch)))
     assert stages[0] == (dies_in, 7)
