@@ -11,6 +11,7 @@ Letters: B batch, C classes, K models of an ensemble, Z width of the noise.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -117,6 +118,11 @@ class Maker(ABC):
         return torch.zeros(0, *self.form.shape)
 
 
+COUNTS = ("makes_per_epoch", "batch_size", "steps", "width", "noise", "head", "others", "bank")
+ABOVE_0 = ("lr", "generator_lr", "noise_lr", "temperature", "tau", "zoom")
+"""Parameters by these names mean the same in every method, and are checked in one place."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Synthesizer(ABC):
     """Base of all methods; subclasses are final, frozen, keyword-only dataclasses of a method's own parameters.
@@ -139,9 +145,13 @@ class Synthesizer(ABC):
     batch_size: int = 128  # inputs made at a time
 
     def __post_init__(self) -> None:
-        for field in ("makes_per_epoch", "batch_size"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{self.name}.{field} is {getattr(self, field)}, expected at least 1")
+        for field, value in vars(self).items():
+            if field in COUNTS and isinstance(value, int) and value < 1:
+                raise ConfigError(f"{self.name}.{field} is {value}, expected at least 1")
+            if field in ABOVE_0 and not 0 < value < math.inf:
+                raise ConfigError(f"{self.name}.{field} is {value}, expected a finite number above 0")
+            if field == "warmup" and not 0 <= value < 1:
+                raise ConfigError(f"{self.name}.warmup is {value}, expected a share of the training from 0 to below 1")
         if self.batch_size < 2:
             raise ConfigError(f"{self.name}.batch_size is {self.batch_size}: batch statistics need at least 2 inputs")
         if self.student_steps < 0:

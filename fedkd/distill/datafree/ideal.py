@@ -62,10 +62,9 @@ class IDEAL(Synthesizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1 or self.student_steps > self.most_steps:
+        if self.student_steps > self.most_steps:
             raise ConfigError(
-                f"ideal needs at least 1 step per batch and student_steps of at most most_steps, got {self.steps}, "
-                f"{self.student_steps} and {self.most_steps}"
+                f"ideal.student_steps is {self.student_steps}, expected at most most_steps, {self.most_steps}"
             )
 
     def start(self, guide: Guide, form: Form, pool: Pool) -> Maker:

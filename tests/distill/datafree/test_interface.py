@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,6 +243,13 @@ def test_a_student_that_diverges_is_told() -> None:
         ({"name": "dfad", "batch_size": 1}, "at least 2"),
         ({"name": "dfad", "batch_size": "many"}, "batch_size"),
         ({"width": 8}, "expected the name"),
+        ({"name": "dfad", "width": 0}, r"dfad\.width is 0, expected at least 1"),
+        ({"name": "zskt", "noise": 0}, "expected at least 1"),
+        ({"name": "dafl", "generator_lr": -1}, "a finite number above 0"),
+        ({"name": "deepinversion", "steps": 0}, "expected at least 1"),
+        ({"name": "cmi", "lr": math.nan}, "a finite number above 0"),
+        ({"name": "cmi", "bank": 0}, "expected at least 1"),
+        ({"name": "fast", "warmup": 5}, "a share of the training"),
         ("json:dumps", "no frozen dataclass"),
     ],
 )
