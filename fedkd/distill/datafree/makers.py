@@ -154,7 +154,7 @@ class BatchMaker(Maker):
     ) -> None:
         super().__init__(settings, guide, form, pool)
         self.noise, self.lr, self.steps = noise, lr, steps
-        self.generator = generator(form, noise, width, even=False)
+        self.generator = generator(form, noise, width)
 
     def invert(self, objective: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         """Return the inputs [B, *shape] of the least loss, and what came with them.
