@@ -17,17 +17,18 @@ class ImageGenerator(nn.Module):
 
     The generator of DAFL and DFAD: dense -> 2w maps of a quarter of the size -> BN -> up -> conv 2w-BN-LeakyReLU -> up ->
     conv w-BN-LeakyReLU -> conv -> tanh -> BN without parameters (published w: 64). Where inputs are bounded, a sigmoid
-    between the bounds stands in place of the last two, as in CMI, DENSE and Co-Boosting: normalised values would lie evenly
-    around the middle of the bounds, and no batch could be dark or bright as a whole. Sizes that 4 does not divide are cut
-    from the next one.
+    between the bounds stands in place of the last two, as in CMI, DENSE and Co-Boosting: normalised values lie evenly around
+    the middle of the bounds, and no batch could be dark or bright as a whole. With ``even`` they do so before the sigmoid,
+    which gives contrast to a generator of few steps. Sizes that 4 does not divide are cut from the next one.
 
     Args:
         noise: Z.
         form: of the images and their bounds.
         width: w.
+        even: normalise bounded values too.
     """
 
-    def __init__(self, noise: int, form: Form, width: int = 64) -> None:
+    def __init__(self, noise: int, form: Form, width: int = 64, even: bool = False) -> None:
         super().__init__()
         channels, height, across = form.shape
         self.form, self.noise, self.width = form, noise, width
@@ -40,15 +41,15 @@ class ImageGenerator(nn.Module):
             nn.Conv2d(2 * width, width, 3, padding=1), nn.BatchNorm2d(width), nn.LeakyReLU(0.2),
             nn.Conv2d(width, channels, 3, padding=1),
         )  # fmt: skip
-        free = form.low is None
-        self.last = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(channels, affine=False)) if free else nn.Identity()
+        self.squash = nn.Tanh() if form.low is None else nn.Identity()
+        self.norm = nn.BatchNorm2d(channels, affine=False) if even or form.low is None else nn.Identity()
         # Convolutions of few channels are about twice as fast in this layout on a CPU.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, z: Tensor) -> Tensor:
         maps = self.dense(z).view(-1, 2 * self.width, *self.start).contiguous(memory_format=torch.channels_last)
         _, height, across = self.form.shape
-        out = self.last(self.grow(maps)[:, :, :height, :across])
+        out = self.norm(self.squash(self.grow(maps)[:, :, :height, :across]))
         return self.form.place(out).contiguous()
 
 
@@ -98,9 +99,12 @@ class LatentGenerator(nn.Module):
         return inner @ tensors["last.weight"].T + tensors["last.bias"]
 
 
-def generator(form: Form, noise: int, width: int) -> nn.Module:
-    """Return the generator for inputs of this form: images [channels, height, width], or anything else as a table."""
-    return ImageGenerator(noise, form, width) if len(form.shape) == 3 else TableGenerator(noise, form, width)
+def generator(form: Form, noise: int, width: int, even: bool = False) -> nn.Module:
+    """Return the generator for inputs of this form: images [channels, height, width], or anything else as a table.
+
+    ``even`` is said of :class:`ImageGenerator`; a table always has its last normalisation.
+    """
+    return ImageGenerator(noise, form, width, even) if len(form.shape) == 3 else TableGenerator(noise, form, width)
 
 
 def renew(module: nn.Module) -> None:

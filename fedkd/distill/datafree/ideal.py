@@ -13,9 +13,10 @@ Published for MNIST, by the authors' code: 100 rounds of a batch of 250 (25,000 
 on the generator, info 5, z of 256, inputs shifted by up to 4 pixels before the student sees them, one pass over the pool
 per round by SGD 0.01 (momentum 0.9, weight decay 5e-4) with batches of 256.
 
-Deviations: views are mirrored only if ``flip`` says so; z stays as it was drawn, as in the authors' code; an input keeps
-the answer that it got, while theirs asks about a changed view of it in every pass, which a service would charge. Passes of
-the student grow with the pool and are cut at ``most_steps``.
+Deviations: the generator normalises its values before the last sigmoid, since it learns every batch anew in few steps, and
+batches without contrast teach little; views are mirrored only if ``flip`` says so; z stays as it was drawn, as in the
+authors' code; an input keeps the answer that it got, while theirs asks about a changed view of it in every pass, which a
+service would charge. Passes of the student grow with the pool and are cut at ``most_steps``.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class _Ideal(Asker):
 
     def __init__(self, settings: IDEAL, guide: Guide, form: Form, pool: Pool) -> None:
         super().__init__(settings, guide, form, pool)
-        self.generator = generator(form, settings.noise, settings.width)
+        self.generator = generator(form, settings.noise, settings.width, even=True)
 
     def student_steps(self) -> int:
         how = self.settings
