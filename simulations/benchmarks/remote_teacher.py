@@ -3,7 +3,8 @@
 Labels ``--images`` images once with the teacher in this process and once with `fedkd teacher serve` in a process of its
 own (TLS, token, accounts synced to disk, caller's cache on disk), at several batch sizes, interleaved; prints medians
 of images/s and the median of the ratios of the passes, and kills a caller half-way to count what its resumption pays. One
-thread each.
+thread each. Two cores share caches and clocks: the rate in this process beside a process that hashes on the other core says
+how much of the difference is theirs.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from torch import Tensor
 from fedkd.data import load as load_data
 from fedkd.data.config import DataConfig
 from fedkd.distill.teachers import load_teacher
+from fedkd.hardware import keep_memory
 from fedkd.models import Architecture
 from fedkd.storage import pack_tensors, write_atomic
 from fedkd.teacher.client import RemoteTeacher
 from simulations.tables import HERE, made_with
 
 BATCHES = (64, 256)
+MODELS = ("lenet", "cnn(channels=[32, 64], features=128)")
+BUSY = "import hashlib\nrows = b'x' * 3136\nwhile True: hashlib.sha256(rows)"
 ASK = """
 import sys, numpy as np, torch
 from pathlib import Path
@@ -89,6 +93,17 @@ def local_rate(teacher: Any, x: Tensor, batch: int) -> float:
     return len(x) / (time.perf_counter() - started)
 
 
+def crowded_rate(teacher: Any, x: Tensor, batch: int) -> float:
+    """Images per second of the teacher in this process while another process keeps a core busy."""
+    busy = subprocess.Popen([sys.executable, "-c", BUSY])
+    try:
+        time.sleep(0.2)
+        return local_rate(teacher, x, batch)
+    finally:
+        busy.kill()
+        busy.wait(timeout=30)
+
+
 def remote_rate(url: str, x: Tensor, batch: int, cache: Path) -> float:
     """Images per second of the service, with an empty cache on the caller's side."""
     remote = RemoteTeacher(url, cache, batch=batch)
@@ -115,11 +130,37 @@ def killed_half_way(service: Service, x: Tensor, folder: Path) -> dict[str, int]
     return {"paid_at_the_kill": half, "paid_in_all": service.paid() - before, "asked_after": int(second.stdout)}
 
 
+def rates(model: Path, train: Any, x: Tensor, batch: int, passes: int, folder: Path) -> dict[str, Any]:
+    """Return medians over the passes of one teacher's rates, and the ratios over TLS to here."""
+    teacher = load_teacher(model, train.shape, train.classes)
+    here, crowded, away = [], [], []
+    for number in range(-1, passes):
+        # Accounts of a service remember: a service of its own for every pass, so that every answer is made.
+        name = f"{model.stem}-{batch}-{number}"
+        service = Service(model, folder / f"kit-{name}")
+        try:
+            found = (local_rate(teacher, x, batch), remote_rate(service.url, x, batch, folder / f"{name}.sqlite"))
+        finally:
+            service.close()
+        if number >= 0:  # the first pass warms up
+            here.append(found[0])
+            away.append(found[1])
+            crowded.append(crowded_rate(teacher, x, batch))
+    ratios = [r / b for b, r in zip(here, away, strict=True)]
+    return {
+        "local_images_per_second": statistics.median(here),
+        "crowded_images_per_second": statistics.median(crowded),
+        "remote_images_per_second": statistics.median(away),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="mnist", help="a source of data; mnist needs FEDKD_DATA")
-    parser.add_argument("--model", default="lenet")
+    parser.add_argument("--model", action="append", help=f"may be given several times; default: {' and '.join(MODELS)}")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--json", type=Path, default=HERE / "benchmarks" / "remote_teacher.json")
@@ -127,48 +168,28 @@ def main(argv: list[str] | None = None) -> None:
     # The service's process inherits it.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    keep_memory()  # as the service does
     train = load_data(DataConfig(source=words.data), 0).train
     x = torch.from_numpy(np.unique(train.inputs(np.arange(len(train)))[: 2 * words.images], axis=0)[: words.images])
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     folder = Path(tempfile.mkdtemp(prefix="fedkd-remote-"))
-    architecture = Architecture(words.model, train.shape, train.classes, torch.float32)
-    model = folder / "teacher.safetensors"
-    note = {"architecture": words.model, "shape": train.shape, "classes": train.classes, "class_names": ()}
-    write_atomic(model, pack_tensors(architecture.initial(1), {"fedkd": json.dumps(note)}))
-    teacher = load_teacher(model, train.shape, train.classes)
     rows: list[dict[str, Any]] = []
     try:
-        for batch in BATCHES:
-            local, remote = [], []
-            for number in range(-1, words.passes):
-                # Accounts of a service remember: a service of its own for every pass, so that every answer is made.
-                service = Service(model, folder / f"kit-{batch}-{number}")
-                try:
-                    rates = (
-                        local_rate(teacher, x, batch),
-                        remote_rate(service.url, x, batch, folder / f"{batch}-{number}.sqlite"),
-                    )
-                finally:
-                    service.close()
-                if number >= 0:  # the first pass warms up
-                    local.append(rates[0])
-                    remote.append(rates[1])
-            ratios = [r / b for b, r in zip(local, remote, strict=True)]
-            rows.append(
-                {
-                    "batch": batch,
-                    "local_images_per_second": statistics.median(local),
-                    "remote_images_per_second": statistics.median(remote),
-                    "ratio": statistics.median(ratios),
-                    "ratios": ratios,
-                }
-            )
-            print(
-                f"batch {batch}: {rows[-1]['local_images_per_second']:,.0f} images/s here, "
-                f"{rows[-1]['remote_images_per_second']:,.0f} over TLS: {100 * rows[-1]['ratio']:.0f} % "
-                f"({100 * min(ratios):.0f} to {100 * max(ratios):.0f} over {len(ratios)} passes)"
-            )
-        service = Service(model, folder / "kit-killed")
+        for name in words.model or MODELS:
+            architecture = Architecture(name, train.shape, train.classes, torch.float32)
+            model = folder / f"teacher-{len(rows)}.safetensors"
+            note = {"architecture": name, "shape": train.shape, "classes": train.classes, "class_names": ()}
+            write_atomic(model, pack_tensors(architecture.initial(1), {"fedkd": json.dumps(note)}))
+            for batch in BATCHES:
+                rows.append({"model": name, "batch": batch, **rates(model, train, x, batch, words.passes, folder)})
+                row = rows[-1]
+                print(
+                    f"{name}, batch {batch}: {row['local_images_per_second']:,.0f} images/s here "
+                    f"({row['crowded_images_per_second']:,.0f} beside a busy core), "
+                    f"{row['remote_images_per_second']:,.0f} over TLS: {100 * row['ratio']:.0f} % "
+                    f"({100 * min(row['ratios']):.0f} to {100 * max(row['ratios']):.0f} over {len(row['ratios'])} passes)"
+                )
+        service = Service(folder / "teacher-0.safetensors", folder / "kit-killed")
         try:
             killed = killed_half_way(service, x, folder)
         finally:
@@ -181,7 +202,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     result = {
         "data": words.data,
-        "model": words.model,
         "images": len(x),
         "rows": rows,
         "killed": killed,
