@@ -34,7 +34,6 @@ def init(
 ) -> None:
     """Make a policy with a certificate and a token per caller, to be edited and served."""
     from fedkd.cli.main import out
-    from fedkd.hardware import keep_memory
     from fedkd.teacher.kit import make_kit
 
     tokens = make_kit(folder, ["localhost", "127.0.0.1", *(host or ())], caller or ["alice"], listen, mutual)
@@ -64,7 +63,6 @@ def serve(
 ) -> None:
     """Answer soft labels over TLS until Ctrl-C."""
     from fedkd.cli.main import out
-    from fedkd.hardware import keep_memory
     from fedkd.teacher.kit import make_kit
     from fedkd.teacher.policy import load_policy
     from fedkd.teacher.service import TeacherService
@@ -83,7 +81,6 @@ def serve(
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _interrupt)
-    keep_memory()
     with TeacherService(teacher, form, rules) as service:
         host = rules.listen.rpartition(":")[0]
         name = "localhost" if host in ("127.0.0.1", "[::1]") else host

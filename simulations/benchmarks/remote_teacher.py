@@ -30,7 +30,6 @@ from torch import Tensor
 from fedkd.data import load as load_data
 from fedkd.data.config import DataConfig
 from fedkd.distill.teachers import load_teacher
-from fedkd.hardware import keep_memory
 from fedkd.models import Architecture
 from fedkd.storage import pack_tensors, write_atomic
 from fedkd.teacher.client import RemoteTeacher
@@ -168,7 +167,6 @@ def main(argv: list[str] | None = None) -> None:
     # The service's process inherits it.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    keep_memory()  # as the service does
     train = load_data(DataConfig(source=words.data), 0).train
     x = torch.from_numpy(np.unique(train.inputs(np.arange(len(train)))[: 2 * words.images], axis=0)[: words.images])
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
