@@ -10,6 +10,8 @@ import pytest
 
 from fedkd import simulate
 from fedkd.cli.main import app
+from fedkd.distill.config import load as load_distilled
+from fedkd.distill.teachers import classifier
 from fedkd.experiment import validate
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +50,26 @@ def test_the_commands_that_the_readme_names_exist() -> None:
         str(group.name or group.typer_instance.info.name) for group in app.registered_groups if group.typer_instance
     }
     assert commands and commands <= known
+
+
+def test_the_distilling_commands_of_the_guide_are_experiments() -> None:
+    """Each is read, and its models are built for the data that it names."""
+    known = {"digits": (1, 8, 8), "mnist": (1, 28, 28)}
+    lines = re.findall(r"^fedkd distill (?!\.\.\.).*$", (ROOT / "docs/distill.md").read_text(), re.MULTILINE)
+    built = 0
+    for line in lines:
+        words = [w for w in shlex.split(line, comments=True)[2:] if w != "--resume"]
+        if words[0].startswith("runs/"):
+            continue
+        path = ROOT / words.pop(0) if words[0].endswith(".yaml") else None
+        ((_, experiment),) = load_distilled(path, words)
+        special = experiment.scenes or experiment.graph or experiment.partner
+        if experiment.data is not None and not special:
+            make = classifier(known[experiment.data.source], 10)
+            for name in (experiment.student, *(t.model for t in experiment.teacher if t.model is not None)):
+                make(name, 0)
+                built += 1
+    assert len(lines) >= 9 and built >= 5
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:

@@ -232,14 +232,11 @@ def one(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "gate"))
         gate = Gate(pooled(net.shared).shape[1], branches)
-    kd, ce, rise = KD(temperature=temperature), CrossEntropy(), SigmoidRamp(ramp)
+    rise = SigmoidRamp(ramp)
 
     def step(batch: Batch) -> dict[str, tuple[Tensor, float]]:
         logits, labels = net(data.x(batch.index)), y[torch.from_numpy(batch.index)]
-        together = (gate(net.shared).T.unsqueeze(-1) * logits).sum(0)
-        own = torch.stack([ce(z, z, labels) for z in logits]).sum()
-        teach = torch.stack([kd(z, together.detach()) for z in logits]).sum()
-        mixed = ce(together, together, labels)
+        own, mixed, teach = gated_losses(logits, gate(net.shared), labels, temperature)
         return {"branches": (own, 1.0), "ensemble": (mixed, 1.0), "distillation": (teach, rise(batch.epoch))}
 
     loop = Loop({"net": net, "gate": gate}, data.size, step, fit=fit or Fit(), seed=seed)
@@ -255,6 +252,20 @@ def one(
 
     members = [net.branch(i) for i in range(branches)]
     return Taught(members[0], members, ensemble, log)
+
+
+def gated_losses(logits: Tensor, gates: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ONE's three sums: sum_i CE(z_i), CE(z_e) and T^2 sum_i KL(z_e || z_i) with z_e = sum_i g_i z_i.
+
+    Args:
+        logits: z [branches, B, C]. gates: g [B, branches], which sum to 1. labels: [B].
+        temperature: T of the third.
+    """
+    kd, ce = KD(temperature=temperature), CrossEntropy()
+    together = (gates.T.unsqueeze(-1) * logits).sum(0)
+    own = torch.stack([ce(z, z, labels) for z in logits]).sum()
+    teach = torch.stack([kd(z, together.detach()) for z in logits]).sum()
+    return own, ce(together, together, labels), teach
 
 
 def mutual(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fedkd.data import DataConfig
@@ -26,11 +27,12 @@ from fedkd.distill.config import (
     ScenesConfig,
     TeacherConfig,
 )
-from fedkd.distill.crossmodal import Pairs, pairs, partners
+from fedkd.distill.crossmodal import Pairs, Side, pairs, partners
 from fedkd.distill.distiller import Distiller, accuracy
 from fedkd.distill.inputs import unlabelled
 from fedkd.distill.loop import FEED, Epoch, Fit, Records, still
 from fedkd.distill.stages import Stages, Watch
+from fedkd.distill.taps import Taps
 from fedkd.distill.tasks import Classify, Detect, Segment, drawn
 from fedkd.distill.teachers import EnsembleTeacher, ModuleTeacher, Teacher, load_teacher, read_note
 from fedkd.distill.terms import Term
@@ -184,6 +186,9 @@ class _Work:
             self.train = None
         # Built before anything is trained, so that a wrong name costs nothing.
         self.student = self._model(self.task, experiment.student, "student")
+        if experiment.exemplars is not None:
+            Taps(self.student, [experiment.exemplars.layer])
+        self._try_assistants()
         self._try()
 
     def _try(self) -> None:
@@ -199,6 +204,15 @@ class _Work:
         seen = self.train if self.pairs is None else self.pairs.records
         self._distiller(self._as_one(found), None).ready(seen)
 
+    def _try_assistants(self) -> None:
+        """Refuse assistants that cannot be made, before a teacher is trained for them."""
+        wanted, first = self.experiment.assistants, self.experiment.teacher[0].model
+        if wanted != "auto":
+            for name in wanted:
+                self._model(self.task, name, "tried")
+        elif first is not None:
+            between(first, self.experiment.student, self.task.shape, self.task.classes)
+
     def _as_one(self, teachers: Sequence[Teacher]) -> Teacher:
         """Return the teachers as one."""
         weights = [config.weight for config in self.experiment.teacher]
@@ -209,6 +223,10 @@ class _Work:
         """Return what teaches the student by the experiment's terms."""
         experiment, terms = self.experiment, [t.term for t in self.experiment.chosen]
         if self.pairs is not None:
+            # A wrong layer is told by the experiment's own words, which do not know of the wrapping.
+            Taps(self.student, [p for t in terms for p in t.student_paths])
+            if isinstance(teacher, ModuleTeacher) and isinstance(teacher.module, Side):
+                Taps(teacher.module.inner, [p for t in terms for p in t.teacher_paths])
             terms = [t.below("inner") for t in terms]
         return Distiller(
             self._seeing(self.student), teacher, terms, fit=experiment.training.fit, seed=experiment.seed, cache=cache
@@ -227,8 +245,7 @@ class _Work:
         self.bounds = split.train.bounds
         self.full = records(split.train)
         if experiment.exemplars is not None:
-            if any(c not in range(self.task.classes) for c in experiment.exemplars.old):
-                raise ConfigError(f"exemplars.old: the data have classes 0 to {self.task.classes - 1}")
+            _enough(experiment.exemplars, np.bincount(split.train.y, minlength=self.task.classes))
             old = np.isin(split.train.y, experiment.exemplars.old)
             self.full, self.train = (records(split.train.select(np.flatnonzero(part))) for part in (old, ~old))
             return
@@ -582,6 +599,27 @@ def records(data: Dataset) -> Records:
         y=torch.from_numpy(data.y),
         identity=identity,
     )
+
+
+def _enough(config: ExemplarsConfig, counts: NDArray[np.int64]) -> None:
+    """Refuse exemplars that data with ``counts`` [C] records of each class cannot give.
+
+    Raises:
+        ConfigError: classes are unknown, none is left to be learnt, or one has too few records.
+    """
+    classes = range(len(counts))
+    if any(c not in classes for c in config.old):
+        raise ConfigError(f"exemplars.old: the data have classes 0 to {len(counts) - 1}")
+    if set(classes) <= set(config.old):
+        raise ConfigError(
+            "exemplars.old names every class of the data: leave out those that are to be learnt beside them"
+        )
+    for c in classes if config.kind != "none" else ():
+        # Records of new classes are herded for the nearest mean, whatever stands for the old ones.
+        made = config.kind == "synthetic" and c in config.old
+        name, needed = ("group", config.group) if made else ("per_class", config.per_class)
+        if counts[c] < needed:
+            raise ConfigError(f"class {c} has {counts[c]} records, fewer than exemplars.{name}={needed}: lower it")
 
 
 def _bounds_told(teachers: Sequence[TeacherConfig], shape: tuple[int, ...]) -> tuple[float, float] | None:

@@ -60,6 +60,8 @@ class Maps:
     classes: int
     test: Scenes
 
+    net: ClassVar[str]  # a model of the registry that does it
+
     def make(self, name: str, seed: int) -> nn.Module:
         """Return a fresh model by its name, its weights drawn from ``seed``.
 
@@ -74,7 +76,10 @@ class Maps:
         with torch.no_grad():
             found = tuple(model.eval()(torch.zeros(2, *self.shape)).shape)
         if found != (2, *self.answers):
-            raise ConfigError(f"model {name!r} gives {list(found[1:])} for a scene, expected {list(self.answers)}")
+            raise ConfigError(
+                f"model {name!r} gives {list(found[1:])} for a scene, expected {list(self.answers)}: name a {self.net}, such "
+                f"as {self.net}(width=4)"
+            )
         return model.train()
 
     @property
@@ -96,6 +101,7 @@ class Maps:
 class Segment(Maps):
     """Class scores [B, C, H, W] of every pixel, class 0 the background; measured by mean IoU."""
 
+    net: ClassVar[str] = "segmenter"
     metric: ClassVar[str] = "mean IoU"
     labels: ClassVar[Loss] = PixelCrossEntropy()
 
@@ -115,6 +121,7 @@ class Segment(Maps):
 class Detect(Maps):
     """Class scores and side distances [B, C + 4, H / 4, W / 4]; measured by COCO's mAP (IoU 0.50 to 0.95)."""
 
+    net: ClassVar[str] = "detector"
     metric: ClassVar[str] = "mAP"
     labels: ClassVar[Loss] = Detection()
 

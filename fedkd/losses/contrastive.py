@@ -53,7 +53,9 @@ class CRD(TrainedLoss):
     Y. Tian, D. Krishnan, P. Isola, "Contrastive Representation Distillation", ICLR 2020,
     https://arxiv.org/abs/1910.10699, eq. (18)-(19): h = e / (e + K/N) with e = exp(g_s . g_t / tau) / Z; the loss is
     -log h(own pair) - sum over K others of log(1 - h), in both directions. Banks follow by momentum, and Z is fixed by
-    the first batch (Wu et al. 2018, section 3.2). Others are records of other classes where labels are known.
+    the first batch (Wu et al. 2018, section 3.2). Others are drawn from all records, and those of the record's own class
+    are left out of the sum. Deviation: labels are learnt batch by batch, so that in the first epoch others whose label has
+    not come yet are taken for strangers.
     Published: weight 0.8, K 16384, tau 0.07, momentum 0.5, 128 dimensions.
     """
 

@@ -64,7 +64,8 @@ class ChannelWise(Loss):
     """CWD: tau^2 KL of every channel's distribution over positions, as the mean over channels.
 
     C. Shu, Y. Liu, J. Gao, Z. Yan, C. Shen, "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021,
-    https://arxiv.org/abs/2011.13256, eq. (5)-(7), tau 4. Name the layer that gives the class maps, or one of features.
+    https://arxiv.org/abs/2011.13256, eq. (5)-(7), tau 4. Name the layer that gives the class maps, for which the default
+    weight of 3 is published, or one of features, for which the paper's is 50.
     """
 
     reads: ClassVar[Reads] = "features"

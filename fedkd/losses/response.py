@@ -125,7 +125,7 @@ class DKD(Loss):
 
     B. Zhao, Q. Cui, R. Song, Y. Qiu, J. Liang, "Decoupled Knowledge Distillation", CVPR 2022,
     https://arxiv.org/abs/2203.08679, eq. (7). TCKD compares (p_label, 1 - p_label), NCKD the other classes among
-    themselves. Published with a warm-up of 20 epochs (``Term(schedule=warmup(20))``).
+    themselves. Published with a warm-up of 20 epochs (``Term(DKD(), schedule=Warmup(20))``).
 
     Raises:
         ValueError: for two classes, where the other classes are one and NCKD is 0 for every student.

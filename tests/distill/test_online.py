@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fedkd.distill import Distiller, Fit, Records, Term, accuracy
-from fedkd.distill.online import Branches, Gate, mutual, one
+from fedkd.distill.online import Branches, Gate, gated_losses, mutual, one
 from fedkd.errors import ConfigError
 from fedkd.losses import CrossEntropy
 from fedkd.models import Architecture
@@ -97,6 +97,33 @@ def test_students_teach_each_other(way: str) -> None:
     assert first == (["branches", "ensemble", "distillation"] if way == "one" else ["labels", "peers"])
     # It can be trained on like any model: nothing of the branches is left in it.
     Distiller(taught.deployed, None, [Term(CrossEntropy(), 1.0)], fit=Fit(epochs=1)).fit(train)
+
+
+def test_the_gated_ensemble_teaches_its_branches() -> None:
+    """Lan et al. 2018, eq. (3)-(8), record by record."""
+    stream = torch.Generator().manual_seed(4)
+    z = torch.randn(3, 5, 4, generator=stream, dtype=torch.float64).requires_grad_()
+    g = torch.randn(5, 3, generator=stream, dtype=torch.float64).softmax(1).requires_grad_()
+    y = torch.tensor([0, 3, 1, 1, 2])
+
+    def chances(scores: np.ndarray, temperature: float) -> np.ndarray:
+        e = np.exp(scores / temperature)
+        return np.asarray(e / e.sum())
+
+    own, mixed, teach = 0.0, 0.0, 0.0
+    for n in range(5):
+        branches = z[:, n].detach().numpy()
+        together = sum(float(g[n, i].detach()) * branches[i] for i in range(3))
+        mixed -= np.log(chances(together, 1)[y[n]]) / 5
+        for branch in branches:
+            own -= np.log(chances(branch, 1)[y[n]]) / 5
+            p, q = chances(together, 3), chances(branch, 3)
+            teach += 9 * (p * np.log(p / q)).sum() / 5
+    found = gated_losses(z, g, y, 3.0)
+    assert [float(v.detach()) for v in found] == pytest.approx([own, mixed, teach], rel=1e-10)
+    (gate,) = torch.autograd.grad(found[2], g, allow_unused=True, retain_graph=True)
+    assert gate is None, "the ensemble teaches, and does not follow its branches"
+    assert bool(torch.autograd.grad(found[1], g)[0].any())
 
 
 def test_the_losses_are_the_papers() -> None:

@@ -297,6 +297,18 @@ def test_terms_are_tried_before_a_teacher_is_trained(tmp_path: Path) -> None:
             "one torch model",
         ),
         (["partner=digits", "terms=[{loss: ccl, student: body}]", "student=mlp", "teacher=mlp"], "name both layers"),
+        # By the words of the experiment, not by those of the wrapping that pairs need.
+        (["partner=digits", "terms=[{loss: sp, student: bod}]", "student=mlp", "teacher=mlp"], "near it: body"),
+        (
+            ["partner=digits", "terms=[{loss: sp, student: body, teacher: bod}]", "student=mlp", "teacher=mlp"],
+            "near it: body",
+        ),
+        (["assistants=mlpp"], "no model is named 'mlpp'"),
+        (["exemplars={old: [0, 1], layer: bod}", "student=mlp", "teacher=mlp"], "no layer 'bod'"),
+        (["exemplars={old: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]}", "student=mlp", "teacher=mlp"], "names every class"),
+        (["exemplars={old: [0], per_class: 900}", "student=mlp", "teacher=mlp"], "fewer than exemplars.per_class=900"),
+        (["exemplars={old: [0], group: 900}", "student=mlp", "teacher=mlp"], "fewer than exemplars.group=900"),
+        (["scenes={task: detect}", "data=digits", "student=cnn", "teacher=detector"], r"such as detector\(width=4\)"),
     ):
         with pytest.raises(ConfigError, match=told):
             start(load(None, words)[0][1], tmp_path / "run", lambda stage, epoch, epochs: pytest.fail("trained"))

@@ -416,6 +416,29 @@ def test_review_teaches_every_level() -> None:
         ReviewKD().build((s1.flatten(1).shape,), (t1.flatten(1).shape,), 50, C)
 
 
+def test_review_fuses_what_came_from_below() -> None:
+    """Chen et al. 2021, section 3.2: the deep level's features, enlarged, are mixed with the shallow level's by attention."""
+    deep, shallow = tensors((2, 6, 4, 4), 26)[0], tensors((2, 3, 8, 8), 27)[0]
+    t1, t2 = tensors((2, 5, 8, 8), 28)[0], tensors((2, 10, 4, 4), 29)[0]
+    torch.manual_seed(0)
+    module = ReviewKD(middle=8).build((shallow.shape, deep.shape), (t1.shape, t2.shape), 50, C).double().eval()
+    upper, lower = (module.get_submodule(f"levels.{i}") for i in range(2))
+    with torch.no_grad():
+        x, below = upper.get_submodule("enter")(shallow), lower.get_submodule("enter")(deep)
+        wanted = hierarchical_context(lower.get_submodule("leave")(below), t2)
+        grown = below.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        conv = upper.get_submodule("attend.0")
+        assert isinstance(conv, torch.nn.Conv2d) and conv.bias is not None
+        mix = torch.einsum("om,bmhw->bohw", conv.weight[:, :, 0, 0], torch.cat([x, grown], 1)) + conv.bias.view(
+            1, 2, 1, 1
+        )
+        share = 1 / (1 + (-mix).exp())
+        wanted = wanted + hierarchical_context(
+            upper.get_submodule("leave")(share[:, :1] * x + share[:, 1:] * grown), t1
+        )
+        assert float(module((shallow, deep), (t1, t2))) == pytest.approx(float(wanted), rel=1e-10)
+
+
 def test_crd_of_the_paper() -> None:
     """One direction and the other, with the banks' entries and the estimate of Z taken from the module."""
     student, _, _ = tensors((B, 6), 24)
