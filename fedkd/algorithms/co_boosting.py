@@ -44,9 +44,7 @@ class Boosting(Synthesizer):
 
     name: ClassVar[str] = "co_boosting"
     paper: ClassVar[str] = "Dai et al., ICLR 2024"
-    fit: ClassVar[Fit] = Fit(
-        epochs=200, batch_size=128, lr=0.01, momentum=0.9, weight_decay=1e-4, schedule="cosine", clip=10.0
-    )
+    fit: ClassVar[Fit] = Fit(epochs=200, batch_size=128, lr=0.01, weight_decay=1e-4, schedule="cosine", clip=10.0)
 
     student_steps: int = 0  # per turn; 0: one pass over the pool
     steps: int = 30  # of generator and z, per batch
@@ -64,9 +62,7 @@ class Boosting(Synthesizer):
     def start(self, guide: Guide, form: Form, pool: Pool) -> Maker:
         self.check(guide)
         if not isinstance(guide, ModelsGuide):
-            raise ConfigError(
-                "co_boosting weighs the models of an ensemble, which must all be at hand: use dfad instead"
-            )
+            raise ConfigError("co_boosting weighs the models of an ensemble, which must be at hand: use dfad")
         return _Boosting(self, guide, form, pool, noise=self.noise, width=self.width, lr=self.lr, steps=self.steps)
 
     def student_loss(self, said: Tensor, told: Tensor) -> Tensor:
@@ -127,9 +123,7 @@ class _Boosting(BatchMaker):
 
     def loss(self, student: nn.Module, batch_size: int) -> Tensor:
         x = self.moved(self.pool.draw(min(batch_size, len(self.pool))))
-        with torch.no_grad():
-            told = self.guide(x)
-        return self.settings.student_loss(student(x), told)
+        return self.settings.student_loss(student(x), self.guide(x).detach())
 
     def moved(self, x: Tensor) -> Tensor:
         """Return inputs [B, *shape] moved by eps to where the ensemble answers otherwise."""
