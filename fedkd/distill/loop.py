@@ -312,7 +312,7 @@ class Loop:
                 stream.set_state(tensors[f"stream|{i}"])
         except (RuntimeError, KeyError) as cause:
             raise StorageError(f"{folder} belongs to another student or other terms: {cause}") from cause
-        self.log = logged(folder)
+        self.log = _log(file)
         return len(self.log)
 
     def _streams(self) -> list[torch.Generator]:
@@ -327,7 +327,11 @@ def logged(folder: Path) -> list[Epoch]:
     Raises:
         StorageError: it holds none.
     """
-    return [Epoch(**entry) for entry in json.loads(read_metadata(_read(folder))["training"])["log"]]
+    return _log(_read(folder))
+
+
+def _log(file: bytes) -> list[Epoch]:
+    return [Epoch(**entry) for entry in json.loads(read_metadata(file)["training"])["log"]]
 
 
 def _read(folder: Path) -> bytes:

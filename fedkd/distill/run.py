@@ -344,17 +344,17 @@ class _Work:
         began = time.perf_counter(), time.process_time()
         experiment, how = self.experiment, self.experiment.training
         assert self.train is not None
-        watch, place = self.stages.watcher("student", how.epochs), self.stages.place("student")
+        kept = self.stages.kept("student", how.epochs)
         if online.kind == "one":
             assert online.stage is not None
             taught = one(
                 self.student, online.stage, self.train, branches=online.members, ramp=online.ramp,
-                temperature=online.temperature or 3.0, fit=how.fit, seed=experiment.seed, checkpoint=place, watch=watch,
+                temperature=online.temperature or 3.0, fit=how.fit, seed=experiment.seed, **kept,
             )  # fmt: skip
         else:
             taught = mutual(
                 self.student, self.train, stage=online.stage, peers=online.members,
-                temperature=online.temperature or 1.0, fit=how.fit, seed=experiment.seed, checkpoint=place, watch=watch,
+                temperature=online.temperature or 1.0, fit=how.fit, seed=experiment.seed, **kept,
             )  # fmt: skip
         self.student = taught.deployed
         summary: dict[str, Any] = {
@@ -411,8 +411,8 @@ class _Work:
             )  # fmt: skip
         log = extend(
             self.student, teacher.module, self.train, memory, config.old, layer=config.layer, relation=config.relation,
-            fit=experiment.training.fit, seed=experiment.seed, checkpoint=self.stages.place("student"),
-            watch=self.stages.watcher("student", experiment.training.epochs),
+            fit=experiment.training.fit, seed=experiment.seed,
+            **self.stages.kept("student", experiment.training.epochs),
         )  # fmt: skip
         nearest = None
         if memory is not None and task.test is not None and task.test.y is not None:
@@ -489,9 +489,7 @@ class _Work:
             device=device(experiment.device, "device").type,
         )
         self._affordable(teacher, work.method, work.how)
-        work.run(
-            checkpoint=self.stages.place("student"), watch=self.stages.watcher("student", experiment.training.epochs)
-        )
+        work.run(**self.stages.kept("student", experiment.training.epochs))
         queries = asked.queries
         self.student.to("cpu")
         asked.to("cpu")
@@ -560,7 +558,7 @@ class _Work:
         return load_teacher(config.path, task.shape, task.classes, config.model, config.gives, task.make)
 
     def _fit(self, distiller: Distiller, data: Records, stage: str, how: FitConfig) -> None:
-        distiller.fit(data, checkpoint=self.stages.place(stage), watch=self.stages.watcher(stage, how.epochs))
+        distiller.fit(data, **self.stages.kept(stage, how.epochs))
 
     def _model(self, task: Classify | Segment | Detect, name: str, stage: str) -> nn.Module:
         return task.make(name, key(self.experiment.seed, "initial", stage, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from fedkd.distill.loop import Epoch
 from fedkd.storage import StorageError, read_bundle
@@ -12,6 +13,13 @@ from fedkd.storage import StorageError, read_bundle
 Watch = Callable[[str, Epoch, int], None]
 """Called after every epoch with the stage (``teacher 1``, ``assistant 1``, ``student``, ``alone``), the epoch, and
 their number."""
+
+
+class Kept(TypedDict):
+    """What trainers are told of a stage, by the names of their parameters."""
+
+    checkpoint: Path
+    watch: Callable[[Epoch], None]
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,15 @@ class Stages:
                 raise StorageError(f"{cause}; remove {place} to train this stage from its beginning") from cause
         return place
 
-    def watcher(self, stage: str, epochs: int) -> Callable[[Epoch], None]:
-        """Return what a stage of ``epochs`` calls after each."""
+    def kept(self, stage: str, epochs: int) -> Kept:
+        """Return where a stage of ``epochs`` leaves its checkpoint, and what it calls after each.
+
+        Raises:
+            StorageError: see :meth:`place`.
+        """
 
         def watch(epoch: Epoch) -> None:
             if self.watch is not None:
                 self.watch(stage, epoch, epochs)
 
-        return watch
+        return {"checkpoint": self.place(stage), "watch": watch}

@@ -112,11 +112,6 @@ def _found(
     return Found(student, made_of, scores, sizes, logged(stages.place("student")))
 
 
-def _kept(stages: Stages, stage: str, epochs: int) -> Options:
-    """Return where a stage leaves its checkpoint and whom it tells, as trainers take it."""
-    return {"checkpoint": stages.place(stage), "watch": stages.watcher(stage, epochs)}
-
-
 def _nodes(work: GraphWork, graph: Graph, kind: str, above: Options, below: Options, seed: int, alone: bool) -> Teach:
     # A graph convolution reads all neighbours, GraphSAGE five that it draws.
     teach = made(NodeFit, "graph.teach", ({"fan_out": None} if kind == "gcn" else {}) | dict(work.teach))
@@ -129,17 +124,17 @@ def _nodes(work: GraphWork, graph: Graph, kind: str, above: Options, below: Opti
 
     def run(stages: Stages) -> Found:
         teacher = _fresh(GraphNet, d, c, above, seed, "teacher")
-        train_nodes(teacher, graph, split, teach, seed, **_kept(stages, "teacher 1", teach.epochs))
+        train_nodes(teacher, graph, split, teach, seed, **stages.kept("teacher 1", teach.epochs))
         told = answers(teacher, graph, teach)
         seen = graph.with_positions(deepwalk(graph, seed=seed)) if work.positions else graph
         inputs = seen.x.shape[1]
         student = _fresh(NodeMLP, inputs, c, below, seed, "student")
-        kept = _kept(stages, "student", learn.epochs)
+        kept = stages.kept("student", learn.epochs)
         scores: dict[str, float | None] = {"student": None, "teacher": None, "alone": None}
         logits = {"student": distil_nodes(student, seen, split, told, terms, learn, seed, **kept), "teacher": told[0]}
         if alone:
             other = _fresh(NodeMLP, inputs, c, below, seed, "student")
-            logits["alone"] = train_nodes(other, seen, split, learn, seed, **_kept(stages, "alone", learn.epochs))
+            logits["alone"] = train_nodes(other, seen, split, learn, seed, **stages.kept("alone", learn.epochs))
         scores |= {who: node_accuracy(z, graph.labels, split.test) for who, z in logits.items()}
         return _found(student, {"inputs": inputs, "outputs": c, **below}, teacher, scores, stages)
 
@@ -160,12 +155,12 @@ def _links(work: GraphWork, graph: Graph, kind: str, above: Options, below: Opti
 
     def run(stages: Stages) -> Found:
         teacher, student = model(GraphNet, above, "teacher"), model(NodeMLP, below, "student")
-        best = train_links(teacher, graph, split, teach, seed, **_kept(stages, "teacher 1", teach.epochs))
-        kept = _kept(stages, "student", learn.epochs)
+        best = train_links(teacher, graph, split, teach, seed, **stages.kept("teacher 1", teach.epochs))
+        kept = stages.kept("student", learn.epochs)
         found = distil_links(student, teacher, graph, split, learn, seed, **kept)
         scores: dict[str, float | None] = {"student": found["hits"], "teacher": best["hits"], "alone": None}
         if alone:
-            other, kept = model(NodeMLP, below, "student"), _kept(stages, "alone", learn.epochs)
+            other, kept = model(NodeMLP, below, "student"), stages.kept("alone", learn.epochs)
             scores["alone"] = train_links(other, graph, split, learn, seed, **kept)["hits"]
         return _found(student, {"inputs": d, "outputs": width, **below}, teacher, scores, stages)
 
@@ -183,10 +178,10 @@ def _clusters(
     def run(stages: Stages) -> Found:
         # The last hidden width is the embedding's.
         teacher = _fresh(GraphNet, d, width, {**above, "hidden": above["hidden"][:-1]}, seed, "teacher")
-        z = embed(teacher, graph, teach, seed, **_kept(stages, "teacher 1", teach.epochs))
+        z = embed(teacher, graph, teach, seed, **stages.kept("teacher 1", teach.epochs))
         told = soft_assignment(z, centres_of(z, clusters, seed)).argmax(1).numpy()
         encoder = _fresh(NodeMLP, d, width, below, seed, "student")
-        kept = _kept(stages, "student", learn.epochs)
+        kept = stages.kept("student", learn.epochs)
         student = distil_clusters(encoder, graph, z, clusters, learn, seed, **kept)
         with torch.no_grad():
             named = {"student": student(graph.rows()).argmax(1).numpy(), "teacher": told}

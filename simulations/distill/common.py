@@ -29,11 +29,13 @@ def options(doc: str | None, name: str, seeds: int, argv: Sequence[str] | None, 
     """Read an experiment's words: ``--seeds``, ``--json``, ``--small``, and ``--full`` where there is a larger form."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default=",".join(str(s + 1) for s in range(seeds)), help="comma list")
-    parser.add_argument("--json", type=Path, default=RESULTS / f"{name}.json", help="where the figures are written")
+    parser.add_argument("--json", type=Path, help=f"where the figures are written; default: results/{name}.json")
     parser.add_argument("--small", action="store_true", help="a second's worth of it, to see that the command works")
     if full:
         parser.add_argument("--full", action="store_true", help="the published setting, at its full length")
     words = parser.parse_args(argv)
+    # The two forms are two tables.
+    words.json = words.json or RESULTS / (f"{name}_full.json" if full and words.full else f"{name}.json")
     words.seeds = [int(s) for s in words.seeds.split(",")]
     return words
 

@@ -26,7 +26,7 @@ from fedkd.distill import Distiller, Fit, Records, Term, accuracy
 from fedkd.distill.bias import tuned_bias
 from fedkd.losses import KD, CrossEntropy
 from fedkd.seeding import numpy_rng
-from simulations.distill.common import RESULTS, Report, images, model, options
+from simulations.distill.common import Report, images, model, options
 
 DIGIT = 3
 
@@ -43,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "held out for the bias": 100 if words.small else 5000,
     }
     name = "omitted_digit --full" if words.full else "omitted_digit"
-    if words.full and words.json == RESULTS / "omitted_digit.json":
-        words.json = RESULTS / "omitted_digit_full.json"
     report = Report(
         name,
         settings,
