@@ -124,8 +124,8 @@ class StackedEngine(Engine):
         if total is None:
             total = self._stepwise(stretch, architectures)
 
-        final = _apart_models({**params, **rest}, count)
-        kept = _apart(state, count) if settings.optimizer.persist else None
+        final = _apart_models(_home({**params, **rest}), count)
+        kept = _apart(_home(state), count) if settings.optimizer.persist else None
         for k, (task, mean) in enumerate(zip(tasks, (total.cpu().numpy() / length).tolist(), strict=True)):
             optimizers = task.state.optimizers if kept is None else {**task.state.optimizers, phase.name: kept[k]}
             task.state = replace(task.state, models=final[k], optimizers=optimizers)
@@ -517,6 +517,11 @@ def _hear(tasks: Sequence[Task], device: torch.device) -> tuple[dict[str, Tensor
         return Heard(knowledge=knowledge, memory=memory, round=first.round, teach=teach)
 
     return {n: t.to(device) for n, t in stacked.items()}, put
+
+
+def _home(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in main memory, where states are kept."""
+    return {name: t.cpu() for name, t in tensors.items()}
 
 
 def _without(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
