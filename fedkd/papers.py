@@ -124,7 +124,9 @@ def _row(group: Group) -> dict[str, Any]:
         )
     for key in ("bytes_up_per_device", "bytes_down_per_device", "seconds"):
         row[key] = group.average(key)
-    return row
+    # A round that failed leaves the models as they were: a figure of such a run is not the method's.
+    failed = [f"seed {run.seed}: {note}" for run in group.counted for note in run.notes if " rounds failed" in note]
+    return row | ({"failed": failed} if failed else {})
 
 
 def run(
@@ -201,6 +203,8 @@ def block(source: Source, found: Mapping[str, Any]) -> str:
         lines += ["| row | paper | ours | measured on | kB up | kB down |", "|---|---|---|---|---|---|"]
         lines += [_line(row) for row in found["rows"]]
     lines += ["", _wrapped(table.note)] if table.note else []
+    for row in found["rows"]:
+        lines += ["", _wrapped(f"**{row['label']}**: {'; '.join(row['failed'])}.")] if row.get("failed") else []
     return "\n".join(lines) + "\n"
 
 

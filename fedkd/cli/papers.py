@@ -53,5 +53,8 @@ def run(
             value = papers.percent(row[row["measure"]])
             table.add_row(row["label"], row["published"], value, row["measure"], *bytes_, f"{row['seconds']:.0f}")
         out.print(table)
+        for row in found["rows"]:
+            for told in row.get("failed", ()):
+                out.print(f"{row['label']}: {told}", style="yellow", markup=False)
         if not small:
             papers.store(path, found)

@@ -139,3 +139,13 @@ def test_unknown_tables_are_refused_with_those_that_there_are(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"three.*two"):
         papers.find("three", path.parent)
     assert papers.find("all", path.parent) == papers.find("two", path.parent) == [path]
+
+
+def test_a_row_says_that_rounds_failed(tmp_path: Path) -> None:
+    """Nobody ever answers, so that the figure is that of the model before any training."""
+    path = table(tmp_path, base={**TABLE["base"], "population": {"dropout": 1.0}})
+    found = papers.run(path, tmp_path / "runs", jobs=1)
+    said = "1 of 1 rounds failed, the first in round 0: 0 answers, at least 1 are needed; the server stays as it was"
+    assert found["rows"][0]["failed"] == [f"seed 1: {said}", f"seed 2: {said}"]
+    text = papers.block(papers.Source.read(path), found).replace("\n", " ")
+    assert f"**with**: seed 1: {said}; seed 2: {said}." in text
