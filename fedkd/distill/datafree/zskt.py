@@ -77,7 +77,7 @@ class _Zskt(GeneratorMaker):
         layers = self.settings.layers
         with Taps(student, layers) as taps:
             said = student(self.x)
-            loss = self.settings.student_loss(said, self.told) / said.shape[1]
+            loss: Tensor = self.settings.student_loss(said, self.told) / said.shape[1]
             for path in layers:
                 try:
                     apart = [AttentionTransfer()(taps[path], maps[path]) for maps in self.maps]
