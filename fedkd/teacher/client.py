@@ -24,6 +24,7 @@ from fedkd.distill.teachers import Teacher, log_probabilities
 from fedkd.errors import ConfigError, FedkdError
 from fedkd.teacher import teacher_pb2 as pb
 from fedkd.teacher.accounts import content_hashes
+from fedkd.teacher.pixels import packed
 from fedkd.teacher.service import IDENTITY, SERVICE
 
 TRIES, FIRST_WAIT_SECONDS, CALL_SECONDS = 6, 0.2, 120.0
@@ -216,8 +217,10 @@ class RemoteTeacher(Teacher):
                     del waiting[h]
                     asked.add(h)
                 sent.append([h for h, _ in chosen])
-                inputs = rows[[i for _, i in chosen]].tobytes()
-                yield pb.Question(id=next(numbers), count=len(chosen), inputs=inputs)
+                inputs = rows[[i for _, i in chosen]]
+                pixels = packed(inputs)
+                form = {"floats": inputs.tobytes()} if pixels is None else {"pixels": pixels}
+                yield pb.Question(id=next(numbers), count=len(chosen), **form)
 
     def _wait_or_give_up(self, cause: grpc.RpcError, tries: int) -> None:
         code, details = cause.code(), _plain(str(cause.details()))

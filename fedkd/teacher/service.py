@@ -27,6 +27,7 @@ from fedkd.privacy.ledger import LedgerError
 from fedkd.teacher import teacher_pb2 as pb
 from fedkd.teacher.accounts import Accounts, Answered, OverBudget, content_hashes
 from fedkd.teacher.answers import Answers
+from fedkd.teacher.pixels import unpacked
 from fedkd.teacher.policy import CallerConfig, Policy, token_hash
 from fedkd.teacher.private import LEDGER
 from fedkd.teacher.streams import STRANGERS, Busy, Guarded, Streams
@@ -232,15 +233,18 @@ class TeacherService:
         count, width = int(question.count), math.prod(self.shape)
         if not 1 <= count <= self.policy.max_batch:
             return f"{count} inputs in a question, expected 1 to {self.policy.max_batch}"
-        if len(question.inputs) != 4 * count * width:
-            return (
-                f"{len(question.inputs)} bytes for {count} inputs of shape {list(self.shape)}, expected {4 * count * width} "
-                "(little-endian float32)"
-            )
-        x = np.frombuffer(question.inputs, "<f4").reshape(count, width)
-        # One comparison serves both: NaN compares false.
-        if not bool((np.abs(x) <= INPUT_CAP).all()):
-            return f"an input is NaN, infinite or beyond {INPUT_CAP:g}: expected finite numbers"
+        form = question.WhichOneof("inputs")
+        data, size = getattr(question, form or "floats"), count * width * (1 if form == "pixels" else 4)
+        if len(data) != size:
+            what = "uint8" if form == "pixels" else "little-endian float32"
+            return f"{len(data)} bytes for {count} inputs of shape {list(self.shape)}, expected {size} ({what})"
+        if form == "pixels":
+            x = unpacked(data).reshape(count, width)
+        else:
+            x = np.frombuffer(data, "<f4").reshape(count, width)
+            # One comparison serves both: NaN compares false.
+            if not bool((np.abs(x) <= INPUT_CAP).all()):
+                return f"an input is NaN, infinite or beyond {INPUT_CAP:g}: expected finite numbers"
         return x.reshape(count, *self.shape), content_hashes(x)
 
     def _caller(self, context: Any) -> CallerConfig:

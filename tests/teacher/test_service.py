@@ -136,26 +136,48 @@ def test_malformed_and_huge_input_is_refused_and_the_service_goes_on(
     x, _ = digits
     one = x[:1].numpy().astype("<f4").tobytes()
     bad = {
-        "nothing": pb.Question(count=0, inputs=b""),
-        "more than it says": pb.Question(count=1, inputs=one * 2),
-        "less than it says": pb.Question(count=2, inputs=one),
-        "a count of 4 billion": pb.Question(count=2**32 - 1, inputs=one),
-        "over the batch": pb.Question(count=65, inputs=one * 65),
-        "NaN": pb.Question(count=1, inputs=np.full(64, np.nan, "<f4").tobytes()),
-        "infinity": pb.Question(count=1, inputs=np.full(64, -np.inf, "<f4").tobytes()),
-        "1e30": pb.Question(count=1, inputs=np.full(64, 1e30, "<f4").tobytes()),
+        "nothing": pb.Question(count=0, floats=b""),
+        "more than it says": pb.Question(count=1, floats=one * 2),
+        "less than it says": pb.Question(count=2, floats=one),
+        "a count of 4 billion": pb.Question(count=2**32 - 1, floats=one),
+        "over the batch": pb.Question(count=65, floats=one * 65),
+        "NaN": pb.Question(count=1, floats=np.full(64, np.nan, "<f4").tobytes()),
+        "more pixels than it says": pb.Question(count=1, pixels=bytes(65)),
+        "floats as pixels": pb.Question(count=1, pixels=one),
+        "neither": pb.Question(count=1),
+        "infinity": pb.Question(count=1, floats=np.full(64, -np.inf, "<f4").tobytes()),
+        "1e30": pb.Question(count=1, floats=np.full(64, 1e30, "<f4").tobytes()),
     }
     with running(taught, policy(tmp_path, max_batch=64, max_message_bytes=1 << 20)) as service:
         for name, question in bad.items():
             assert raw_ask(service, question) == grpc.StatusCode.INVALID_ARGUMENT, name
-        huge = pb.Question(count=64, inputs=bytes(2 << 20))
+        huge = pb.Question(count=64, floats=bytes(2 << 20))
         assert raw_ask(service, huge) == grpc.StatusCode.RESOURCE_EXHAUSTED
         with grpc.insecure_channel(f"127.0.0.1:{service.port}") as channel:
             junk = channel.stream_stream(f"/{SERVICE}/Answer")
             with pytest.raises(grpc.RpcError):
                 list(junk(iter([b"\xff" * 1000]), metadata=[("authorization", "Bearer secret of alice")], timeout=20))
         assert service.accounts.spent("alice") == 0
-        assert raw_ask(service, pb.Question(count=1, inputs=one)) == grpc.StatusCode.OK
+        assert raw_ask(service, pb.Question(count=1, floats=one)) == grpc.StatusCode.OK
+
+
+def test_pixels_are_answered_as_the_floats_that_they_stand_for(taught: ModuleTeacher, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 1, 8, 8), dtype=np.uint8)
+    x = torch.from_numpy(pixels.astype(np.float32) / np.float32(255))
+    sizes: list[int] = []
+    with running(taught, policy(tmp_path)) as service:
+        teacher = RemoteTeacher(url(service, tmp_path))
+        inner = teacher._answer
+
+        def watched(stream: Iterator[pb.Question], **more: Any) -> Any:
+            return inner((sizes.append(len(q.pixels)) or q for q in stream), **more)  # type: ignore[func-returns-value]
+
+        teacher._answer = watched
+        assert torch.allclose(teacher.logits(x).exp(), taught.logits(x).softmax(-1), atol=1e-6)
+        assert sum(sizes) == 100 * 64 and service.accounts.spent("alice") == 100
+        # The same as floats: nothing is paid twice.
+        assert raw_ask(service, pb.Question(count=1, floats=x[:1].numpy().tobytes())) == grpc.StatusCode.OK
+        assert service.accounts.spent("alice") == 100
 
 
 def test_a_refused_caller_that_keeps_its_stream_open_holds_nobody_up(
@@ -165,8 +187,8 @@ def test_a_refused_caller_that_keeps_its_stream_open_holds_nobody_up(
     ended = threading.Event()
 
     def never_done() -> Iterator[pb.Question]:
-        yield pb.Question(count=1, inputs=one)
-        yield pb.Question(count=7, inputs=one)
+        yield pb.Question(count=1, floats=one)
+        yield pb.Question(count=7, floats=one)
         ended.wait(60)
 
     with running(taught, policy(tmp_path, streams=1)) as service:
@@ -176,7 +198,7 @@ def test_a_refused_caller_that_keeps_its_stream_open_holds_nobody_up(
             with pytest.raises(grpc.RpcError) as refused:
                 list(call)
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-            assert raw_ask(service, pb.Question(count=1, inputs=one)) == grpc.StatusCode.OK
+            assert raw_ask(service, pb.Question(count=1, floats=one)) == grpc.StatusCode.OK
             ended.set()
         deadline = time.monotonic() + 20
         while any(t.name.startswith("ahead") for t in threading.enumerate()) and time.monotonic() < deadline:

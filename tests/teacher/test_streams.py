@@ -106,7 +106,7 @@ def test_a_caller_that_takes_no_answers_is_ended(
     taught: ModuleTeacher, digits: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     part = digits[0][:1024].numpy().astype("<f4")
-    question = pb.Question(count=len(part), inputs=part.tobytes())
+    question = pb.Question(count=len(part), floats=part.tobytes())
 
     def many() -> Iterator[pb.Question]:
         for _ in range(3000):
