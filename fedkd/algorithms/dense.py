@@ -11,7 +11,8 @@ trained together down
 with D the mean of the devices' logits, S the student's and y random classes: inputs of the right class, like the data, and
 between the two models' boundaries. The best batch joins a growing pool, on which the student learns D by KL at temperature
 T. Published: 200 epochs of 30 Adam steps 1e-3 (0.5, 0.999) on batches of 256, z of 256, lambda_1 = lambda_2 = 1, T = 20,
-student SGD 0.005 with momentum 0.9, one pass over the pool per epoch. Devices may run different architectures.
+student SGD 0.005 with momentum 0.9, one pass over the pool per epoch. Devices may run different architectures. Its
+published net for MNIST is a CNN with batch normalisation, which the statistics need.
 
 The published code starts the student from random weights, as is done here, and not from the devices' mean. Deviations: the
 statistics are the mean over devices (the paper; the published code sums them); where devices have no batch normalisation,

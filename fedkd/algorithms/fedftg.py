@@ -17,7 +17,9 @@ y, C being the number of classes. Published for CIFAR-10: 10 turns of 1 and 5 st
 As the published code has it: D learns the devices' probabilities by cross-entropy, which is KL with the devices first, and
 the mean is over classes too (hence 1 / C); |x - x'| is the mean absolute difference, |z - z'| the mean squared one.
 Deviations from that code: it raises the mean absolute difference of logits where L_md stands for G, and lets G take one step
-per device rather than one down the sum; the generator here is the one that all methods share, given one-hot classes beside z.
+per device rather than one down the sum, which reaches it through the average alone; its Adam begins anew in every round; the
+generator here is the one that all methods share, given one-hot classes beside z. D is in training mode on the server, as
+there, so that its batch normalisation goes on with the statistics of what was made.
 FedAvg is the method that is fine-tuned; the paper does the same to others.
 """
 

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is named, print the table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", default="mnist", choices=["mnist", "digits"])
-    parser.add_argument("--methods", default="data,other,noise,dafl", help=f"of {', '.join([*CONTROLS, *PAIRS])}")
+    parser.add_argument("--methods", default="data,other,noise,dfad,dafl", help=f"of {', '.join([*CONTROLS, *PAIRS])}")
     parser.add_argument(
         "--pair", choices=["plain", "normed"], help="teacher and student of the controls; default plain"
     )

@@ -14,7 +14,9 @@ batch 256, 400 student steps per batch, KL at T = 20, SGD 0.1; R34 -> R18 94.84 
 teacher needs batch normalisation.
 
 Deviations: the indicator follows the authors' code, which pushes inputs on which both agree; the teacher's features of the
-shifted view are taken from the forward pass of the inversion terms; views are mirrored only if ``flip`` says so.
+shifted view are taken from the forward pass of the inversion terms; views are mirrored only if ``flip`` says so;
+the head has 128 units (theirs for CIFAR-10: 256), the rate follows a cosine (theirs: three steps), and the student sees
+inputs as they were made (theirs: cropped, mirrored and in whole pixels).
 """
 
 from __future__ import annotations

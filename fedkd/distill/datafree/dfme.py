@@ -8,7 +8,8 @@ and the student learns them. Logits are recovered from probabilities p up to a c
 
 Published: batch 256, 50 turns per epoch of one step of the generator and 5 of the student, m = 1 probe of length 1e-3, z of
 256, student SGD 0.1 (momentum 0.9, weight decay 5e-4), generator Adam 1e-4, both rates times 0.3 after 10, 30 and 50 % of
-the epochs; 20 million queries for CIFAR-10 and 2 million for SVHN. A turn costs batch · (m + 1) + 5 · batch queries.
+the epochs; 20 million queries for CIFAR-10 and 2 million for SVHN. A turn costs batch · (m + 1) + 5 · batch queries. The
+scripts of the published code raise the generator's rate to 5e-4 for CIFAR-10, and its generator normalises before a tanh.
 
 Deviations: those of :mod:`fedkd.distill.datafree.probing`; the generator is the one that all methods here share; the
 generator's rate is constant, or annealed by a cosine with ``anneal``. A teacher that answers by its top-1 class alone has
