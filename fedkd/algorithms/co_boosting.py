@@ -15,10 +15,9 @@ Published: mu 0.01, eps 8/255 of inputs between -1 and 1, Adam 1e-3 (0.5, 0.999)
 0.9 and weight decay 1e-4, annealed by a cosine, its gradient clipped at 10, batch 128, one pass over the pool per turn. No
 batch normalisation is needed, and devices may run different architectures.
 
-As the published code has it, and the paper does not say: logits are divided by the sum of w; the divergence that the
-generator raises has the factor T²; w is learnt from turn 1 on. Deviations from that code: moved inputs stay within their
-bounds; w is learnt with the newest batch among the pool, which joins it there afterwards; the generator's gradient is not
-clipped; the pool is not rounded to whole pixels, and its views are not shifted or mirrored.
+As only the published code has it: logits are divided by the sum of w, the divergence that the generator raises has the
+factor T², w is learnt from turn 1 on. Deviations: moved inputs stay within their bounds; w is learnt before the newest
+batch joins the pool; a pass draws every batch anew; the generator's gradient is not clipped, pixels are not rounded or moved.
 """
 
 from __future__ import annotations
@@ -110,6 +109,8 @@ class _Boosting(BatchMaker):
         step = self.settings.weight_step * self.settings.weight_fade ** int(self.extra["turn"])
         w = self.extra.get("weights", self.guide.weights).to(self.extra["each"])
         for index in torch.randperm(len(self.extra["y"])).split(self.settings.batch_size):
+            if int((w > 0).sum()) < 2:  # the shares are settled, and the slope is but rounding
+                break
             w = w.clone().requires_grad_(True)
             told = (self.extra["each"][:, index] * normalised(w)[:, None, None]).sum(0)
             (slope,) = torch.autograd.grad(F.cross_entropy(told, self.extra["y"][index]), w)

@@ -17,7 +17,8 @@ published net for MNIST is a CNN with batch normalisation, which the statistics 
 The published code starts the student from random weights, as is done here, and not from the devices' mean. Deviations: the
 statistics are the mean over devices (the paper; the published code sums them); where devices have no batch normalisation,
 ``make.statistics=0`` leaves that term out; views of inputs are not shifted or mirrored, and the pool is not rounded to whole
-pixels; classes are not sorted within a batch; D's logits of the pool are kept, not computed anew.
+pixels; a pass over the pool draws every batch anew (theirs shuffles); classes are not sorted within a batch; D's logits of
+the pool are kept, not computed anew.
 """
 
 from __future__ import annotations

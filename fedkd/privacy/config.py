@@ -181,7 +181,7 @@ class PrivacyConfig(BaseModel):
             if method.weighted:
                 raise ConfigError(
                     f"{method.name} sends every device's count of records, which DP-SGD does not protect. Use a method "
-                    "with equal weights, such as ds_fl, cfd or fedmd"
+                    "with equal weights, such as ds_fl, cfd, fedmd or dense"
                 )
             return
         if method.upload not in (SoftLabels, Votes) or (self.kind == "labels" and method.upload is Votes):

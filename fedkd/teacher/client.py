@@ -83,12 +83,13 @@ class RemoteTeacher(Teacher):
             and all(s >= 1 for s in self.shape)
             and math.prod(self.shape) <= 1 << 26
             and int(said.max_batch) >= 1
+            and int(said.max_bytes) >= 4 * math.prod(self.shape)
         ):
             raise RemoteError(
                 f"{self._url} speaks of inputs {list(self.shape[:8])}, {self.classes} classes and questions of "
-                f"{int(said.max_batch)} inputs: no teacher can be so"
+                f"{int(said.max_batch)} inputs and {int(said.max_bytes)} bytes: no teacher can be so"
             )
-        self._batch = min(batch, int(said.max_batch))
+        self._batch = min(batch, int(said.max_batch), int(said.max_bytes) // (4 * math.prod(self.shape)))
         self.asked = 0
         if cache is not None:
             cache.parent.mkdir(parents=True, exist_ok=True)

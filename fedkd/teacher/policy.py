@@ -83,7 +83,12 @@ class Policy(Section):
     callers: tuple[CallerConfig, ...] = Field(min_length=1)
     answers: AnswersConfig = AnswersConfig()
     max_batch: int = Field(1024, ge=1, le=65536, description="Inputs per question.")
-    max_message_bytes: int = Field(16 * MIB, ge=1024, le=256 * MIB)
+    max_message_bytes: int = Field(
+        16 * MIB,
+        ge=1024,
+        le=256 * MIB,
+        description="Of a message; a question's inputs must fit as float32, sent as pixels too.",
+    )
     streams: int = Field(
         8,
         ge=1,

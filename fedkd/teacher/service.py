@@ -36,6 +36,8 @@ SERVICE = "fedkd.teacher.v1.Teacher"
 IDENTITY = "fedkd-identity"
 """Metadata by which a caller of ``Answer`` says whose answers it wants: ``Description.identity``."""
 INPUT_CAP = 1e6
+ENVELOPE = 64
+"""Bytes of a message that are not its inputs, at most."""
 # Of strangers: streams at once, and seconds in which the one message of each must be there.
 STRANGERS_MOST, STRANGERS_SECONDS = 8, 2.0
 log = logging.getLogger("fedkd.teacher")
@@ -59,6 +61,10 @@ class TeacherService:
         self._answers = Answers(teacher, policy.answers, policy.state)
         self._refuse_mixed_state()
         size = policy.max_message_bytes
+        self._most = size - ENVELOPE
+        if 4 * math.prod(shape) > self._most:
+            wide = f"one input of shape {list(shape)} takes {4 * math.prod(shape)} bytes"
+            raise ConfigError(f"max_message_bytes is {size}, and {wide}: raise it")
         # Half of the streams for one caller, so that two must join to keep a third one waiting.
         each = policy.streams if len(policy.callers) == 1 else max(1, policy.streams // 2)
         self._streams = Streams(policy.streams, each, policy.patience_seconds, _stood)
@@ -153,6 +159,7 @@ class TeacherService:
             classes=self.teacher.classes,
             identity=self.identity,
             max_batch=self.policy.max_batch,
+            max_bytes=self._most,
             answers=self.policy.answers.words,
             queries_left=left,
             epsilon=epsilon,
@@ -233,6 +240,9 @@ class TeacherService:
         count, width = int(question.count), math.prod(self.shape)
         if not 1 <= count <= self.policy.max_batch:
             return f"{count} inputs in a question, expected 1 to {self.policy.max_batch}"
+        # Pixels grow fourfold once they are here.
+        if 4 * count * width > self._most:
+            return f"{count} inputs of {4 * width} bytes in a question, expected at most {self._most} bytes"
         form = question.WhichOneof("inputs")
         data, size = getattr(question, form or "floats"), count * width * (1 if form == "pixels" else 4)
         if len(data) != size:

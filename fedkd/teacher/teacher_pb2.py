@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64kd/teacher/teacher.proto\x12\x10\x66\x65\x64kd.teacher.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xcf\x01\n\x0b\x44\x65scription\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x0f\n\x07\x63lasses\x18\x02 \x01(\r\x12\x10\n\x08identity\x18\x03 \x01(\t\x12\x11\n\tmax_batch\x18\x04 \x01(\r\x12\x0f\n\x07\x61nswers\x18\x05 \x01(\t\x12\x19\n\x0cqueries_left\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07\x65psilon\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x64\x65lta\x18\x08 \x01(\x01H\x02\x88\x01\x01\x42\x0f\n\r_queries_leftB\n\n\x08_epsilonB\x08\n\x06_delta\"S\n\x08Question\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x10\n\x06\x66loats\x18\x03 \x01(\x0cH\x00\x12\x10\n\x06pixels\x18\x04 \x01(\x0cH\x00\x42\x08\n\x06inputs\"*\n\x05Reply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x15\n\rprobabilities\x18\x02 \x01(\x0c\x32\x9a\x01\n\x07Teacher\x12L\n\x08\x44\x65scribe\x12!.fedkd.teacher.v1.DescribeRequest\x1a\x1d.fedkd.teacher.v1.Description\x12\x41\n\x06\x41nswer\x12\x1a.fedkd.teacher.v1.Question\x1a\x17.fedkd.teacher.v1.Reply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64kd/teacher/teacher.proto\x12\x10\x66\x65\x64kd.teacher.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xe2\x01\n\x0b\x44\x65scription\x12\r\n\x05shape\x18\x01 \x03(\r\x12\x0f\n\x07\x63lasses\x18\x02 \x01(\r\x12\x10\n\x08identity\x18\x03 \x01(\t\x12\x11\n\tmax_batch\x18\x04 \x01(\r\x12\x0f\n\x07\x61nswers\x18\x05 \x01(\t\x12\x19\n\x0cqueries_left\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x07\x65psilon\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x64\x65lta\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\tmax_bytes\x18\t \x01(\x04\x42\x0f\n\r_queries_leftB\n\n\x08_epsilonB\x08\n\x06_delta\"S\n\x08Question\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x10\n\x06\x66loats\x18\x03 \x01(\x0cH\x00\x12\x10\n\x06pixels\x18\x04 \x01(\x0cH\x00\x42\x08\n\x06inputs\"*\n\x05Reply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x15\n\rprobabilities\x18\x02 \x01(\x0c\x32\x9a\x01\n\x07Teacher\x12L\n\x08\x44\x65scribe\x12!.fedkd.teacher.v1.DescribeRequest\x1a\x1d.fedkd.teacher.v1.Description\x12\x41\n\x06\x41nswer\x12\x1a.fedkd.teacher.v1.Question\x1a\x17.fedkd.teacher.v1.Reply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=49
   _globals['_DESCRIBEREQUEST']._serialized_end=66
   _globals['_DESCRIPTION']._serialized_start=69
-  _globals['_DESCRIPTION']._serialized_end=276
-  _globals['_QUESTION']._serialized_start=278
-  _globals['_QUESTION']._serialized_end=361
-  _globals['_REPLY']._serialized_start=363
-  _globals['_REPLY']._serialized_end=405
-  _globals['_TEACHER']._serialized_start=408
-  _globals['_TEACHER']._serialized_end=562
+  _globals['_DESCRIPTION']._serialized_end=295
+  _globals['_QUESTION']._serialized_start=297
+  _globals['_QUESTION']._serialized_end=380
+  _globals['_REPLY']._serialized_start=382
+  _globals['_REPLY']._serialized_end=424
+  _globals['_TEACHER']._serialized_start=427
+  _globals['_TEACHER']._serialized_end=581
 # @@protoc_insertion_point(module_scope)

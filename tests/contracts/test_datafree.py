@@ -252,6 +252,9 @@ def test_co_boosting_raises_the_weight_of_models_that_are_right_about_the_pool()
         maker.weigh()
     assert found.guide.weights.tolist() == [0, 1]
     assert normalised(torch.zeros(4)).tolist() == [0.25] * 4
+    maker.extra["weights"] = torch.zeros(2)
+    maker.weigh()
+    assert found.guide.weights.tolist() == [0.5, 0.5]
 
 
 def test_co_boostings_inputs_pull_student_and_ensemble_apart_by_a_scaled_divergence() -> None:

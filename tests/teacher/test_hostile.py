@@ -22,7 +22,7 @@ from fedkd.teacher.client import RemoteError, RemoteTeacher
 from fedkd.teacher.policy import Policy, token_hash
 from fedkd.teacher.service import SERVICE, TeacherService
 
-GOOD: dict[str, Any] = {"shape": [1, 8, 8], "classes": 3, "identity": "x", "max_batch": 4}
+GOOD: dict[str, Any] = {"shape": [1, 8, 8], "classes": 3, "identity": "x", "max_batch": 4, "max_bytes": 1 << 20}
 Answer = Callable[[Iterator[Any], Any], Iterator[Any]]
 
 
@@ -64,6 +64,7 @@ def honest(questions: Iterator[Any], context: Any) -> Iterator[Any]:
         {"shape": [2**20, 2**20]},
         {"shape": [1] * 1000},
         {"max_batch": 0},
+        {"max_bytes": 255},
         {"identity": ""},
         {"identity": "x\ny"},
     ],

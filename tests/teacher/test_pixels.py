@@ -16,7 +16,7 @@ def test_every_level_comes_back_bit_for_bit() -> None:
     assert unpacked(sent).tobytes() == inputs.tobytes()
 
 
-@pytest.mark.parametrize("value", [np.nextafter(LEVELS[7], np.float32(1)), -1 / 255, 0.5, np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("value", [np.nextafter(LEVELS[7], np.float32(1)), -1 / 255, -0.0, 0.5, np.nan, np.inf, 3e38])
 def test_anything_else_is_no_pixel(value: float) -> None:
     inputs = np.stack([LEVELS, LEVELS])
     inputs[1, 3] = value

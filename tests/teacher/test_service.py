@@ -180,6 +180,19 @@ def test_pixels_are_answered_as_the_floats_that_they_stand_for(taught: ModuleTea
         assert service.accounts.spent("alice") == 100
 
 
+def test_questions_are_no_larger_than_the_service_takes(taught: ModuleTeacher, digits: Digits, tmp_path: Path) -> None:
+    """64 values of 4 bytes: 7 inputs fit into 2,048 bytes, however they are sent."""
+    pixels = (digits[0][:40] * 15).round() / 255
+    with running(taught, policy(tmp_path, max_message_bytes=2048)) as service:
+        RemoteTeacher(url(service, tmp_path)).logits(digits[0][:40])
+        RemoteTeacher(url(service, tmp_path)).logits(pixels)
+        assert service.accounts.spent("alice") == 80
+        one = bytes(64)
+        assert raw_ask(service, pb.Question(count=8, pixels=8 * one)) == grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(ConfigError, match="one input of shape"):
+        TeacherService(taught, (1, 32, 32), policy(tmp_path / "other", max_message_bytes=2048))
+
+
 def test_a_refused_caller_that_keeps_its_stream_open_holds_nobody_up(
     taught: ModuleTeacher, digits: Digits, tmp_path: Path
 ) -> None:

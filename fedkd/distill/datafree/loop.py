@@ -115,7 +115,8 @@ class DataFree:
         mean = total / max(steps, 1)
         if not math.isfinite(mean):
             raise ConfigError(
-                f"the student's loss is {mean} in epoch {epoch + 1} of {self.method.name}: it diverged; lower training.lr"
+                f"the student's loss is {mean} in epoch {epoch + 1} of {self.method.name}: it diverged; lower "
+                "its rate (training.lr, in a federation algorithm.lr)"
             )
         return Epoch(epoch, rate, mean, {self.method.name: mean, "queries": float(self.guide.queries)})
 
