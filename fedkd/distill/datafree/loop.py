@@ -116,7 +116,7 @@ class DataFree:
         if not math.isfinite(mean):
             raise ConfigError(
                 f"the student's loss is {mean} in epoch {epoch + 1} of {self.method.name}: it diverged; lower "
-                "its rate (training.lr, in a federation algorithm.lr)"
+                "training.lr (in a federation algorithm.lr)"
             )
         return Epoch(epoch, rate, mean, {self.method.name: mean, "queries": float(self.guide.queries)})
 
